@@ -1,0 +1,1 @@
+"""The servers that a service runs on: memory, Redis and SQL. They do not know each other."""
