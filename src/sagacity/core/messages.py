@@ -1,0 +1,131 @@
+"""Events and commands: immutable, named, versioned records.
+
+A message class carries three facts that never depend on where its code lives:
+
+- ``name``: the type name on the wire, by default ``topic.ClassName``;
+- ``topic``: the stream it travels on; inherited by subclasses;
+- ``version``: the version of its fields, an integer from 1.
+
+An event says what happened, and anybody may listen. A command says what one service must do: its
+topic is the address of that service.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
+
+import msgspec
+
+from sagacity.core.errors import DefinitionError
+
+__all__ = ["Command", "Event", "Message", "MessageType", "message_type"]
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.:-]{0,126}\Z")
+
+
+class MessageType(msgspec.Struct, frozen=True):
+    """The facts of one message class: `name` and `topic` on the wire, field `version`, `kind`."""
+
+    name: str
+    topic: str
+    version: int
+    kind: str
+    """``"event"`` or ``"command"``."""
+    location: str
+    """``file:line`` of the class."""
+
+
+def caller_location(depth: int) -> str:
+    """``file:line`` of the code `depth` frames above the caller of this function."""
+    frame = sys._getframe(depth + 1)
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+if TYPE_CHECKING:
+
+    @dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
+    class Message:
+        """An immutable record that travels between services; subclass `Event` or `Command`."""
+
+        __message_type__: ClassVar[MessageType]
+
+        def __init_subclass__(
+            cls, *, topic: str = "", name: str = "", version: int = 1, abstract: bool = False
+        ) -> None: ...
+
+    class Event(Message, abstract=True):
+        """Something that happened. Anybody may listen; nobody is asked to."""
+
+    class Command(Message, abstract=True):
+        """Something one service must do, and answer. Its topic is that service's address."""
+
+else:
+
+    class _MessageMeta(type(msgspec.Struct)):
+        """Reads ``topic=``, ``name=`` and ``version=`` off the class statement."""
+
+        def __new__(
+            mcls,
+            class_name: str,
+            bases: tuple[type, ...],
+            namespace: dict[str, Any],
+            *,
+            topic: str = "",
+            name: str = "",
+            version: int = 1,
+            abstract: bool = False,
+            **options: Any,
+        ) -> Any:
+            location = caller_location(1)
+            try:
+                cls = super().__new__(
+                    mcls, class_name, bases, namespace, **{**options, "frozen": True}
+                )
+            except TypeError as error:
+                raise DefinitionError(f"message {class_name}: {error}", location) from error
+            inherited: MessageType | None = getattr(cls, "__message_type__", None)
+            topic = topic or (inherited.topic if inherited else "")
+            if not abstract and not topic:
+                raise DefinitionError(
+                    f"message {class_name} has no topic; expected the stream it travels on; "
+                    f'write class {class_name}(..., topic="orders") or inherit from a class that has one',
+                    location,
+                )
+            if topic and not _NAME.match(topic):
+                raise DefinitionError(
+                    f"message {class_name}: expected a topic of 1-127 letters, digits and ._:- "
+                    f"that starts with a letter, got {topic!r}",
+                    location,
+                )
+            name = name or (f"{topic}.{class_name}" if topic else class_name)
+            if not _NAME.match(name):
+                raise DefinitionError(
+                    f"message {class_name}: expected a name of 1-127 letters, digits and ._:- "
+                    f"that starts with a letter, got {name!r}",
+                    location,
+                )
+            if version < 1:
+                raise DefinitionError(
+                    f"message {class_name}: expected a version of 1 or more, got {version}", location
+                )
+            kind = "command" if any(base.__name__ == "Command" for base in cls.__mro__) else "event"
+            cls.__message_type__ = MessageType(name, topic, version, kind, location)
+            return cls
+
+    class Message(msgspec.Struct, frozen=True, metaclass=_MessageMeta, abstract=True):
+        """An immutable record that travels between services; subclass `Event` or `Command`."""
+
+        __message_type__: ClassVar[MessageType]
+
+    class Event(Message, abstract=True):
+        """Something that happened. Anybody may listen; nobody is asked to."""
+
+    class Command(Message, abstract=True):
+        """Something one service must do, and answer. Its topic is that service's address."""
+
+
+def message_type(message: Message | type[Message]) -> MessageType:
+    """The facts of a message or message class."""
+    return message.__message_type__
