@@ -1,0 +1,1 @@
+"""Real servers for the tests: from an URL, else from PATH, else from a wheel."""
