@@ -1,0 +1,1 @@
+"""Programs built on Sagacity; the tests run every one of them."""
