@@ -1,0 +1,1 @@
+"""Store on SQLite (aiosqlite) and PostgreSQL (asyncpg, psycopg 3), with SQLAlchemy Core."""
