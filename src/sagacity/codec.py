@@ -13,15 +13,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import msgspec
 
 from sagacity.core.delivery import Envelope, checked_id
-from sagacity.core.errors import DecodeError, DefinitionError, NotRecordable
-from sagacity.core.messages import Message, MessageType, message_type
+from sagacity.core.errors import DecodeError, DefinitionError
+from sagacity.core.messages import Message, MessageType, encode_message, message_type
 
-M = TypeVar("M", bound=Message)
+__all__ = [
+    "Registry",
+    "Upcaster",
+    "decode_envelope",
+    "encode_envelope",
+    "encode_headers",
+    "encode_message",
+    "envelope_from",
+    "from_fields",
+    "microseconds",
+    "moment",
+    "to_fields",
+]
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _US = timedelta(microseconds=1)
@@ -38,26 +50,6 @@ def moment(us: int) -> datetime:
 
 
 # ---------------------------------------------------------------------------------------- messages
-
-_message_encoder = msgspec.json.Encoder(order="deterministic")
-
-
-def encode_message(message: Message) -> bytes:
-    """A message as JSON.
-
-    Raises NotRecordable for a payload that is no plain value: events carry ids and values, never
-    live objects.
-    """
-    try:
-        return _message_encoder.encode(message)
-    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
-        kind = type(message)
-        raise NotRecordable(
-            f"{message_type(message).kind} {kind.__module__}.{kind.__qualname__} cannot be encoded: "
-            f"{error}; expected ids and plain values; put the entity's id and the changed values "
-            "into the message instead of the object"
-        ) from error
-
 
 Upcaster = Callable[[dict[str, Any]], dict[str, Any]]
 """Takes the fields of one version of a message and returns those of the next."""
@@ -117,8 +109,8 @@ class Registry:
     def decode(self, envelope: Envelope) -> Message:
         """The message in an envelope, at the version of our class.
 
-        Raises DecodeError for an unknown type, a version newer than the code, a missing upcaster,
-        or a body that does not fit the class.
+        A version that has no upcaster is taken to fit the next one. Raises DecodeError for an unknown
+        type, a version newer than the code, or a body that does not fit the class.
         """
         decoder = self._decoders.get(envelope.type)
         if decoder is None:

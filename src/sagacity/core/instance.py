@@ -92,8 +92,9 @@ class Ledger(msgspec.Struct, frozen=True, omit_defaults=True):
     """Highest timeout generation ever used."""
     keys: dict[str, tuple[str, ...]] = {}
     """Further correlation keys: name -> values."""
-    parked: tuple[str, ...] = ()
-    """Ids of the messages held in SQL for this instance: the first failed, the others wait behind."""
+    parked: tuple[tuple[str, str], ...] = ()
+    """(consumer, message id) held in SQL for this instance: the first one failed, the others wait
+    behind it."""
     sequence: dict[str, int] = {}
     """Topic -> number of forward commands sent there."""
     compensation: Compensation | None = None

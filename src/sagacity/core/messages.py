@@ -18,9 +18,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
 
 import msgspec
 
-from sagacity.core.errors import DefinitionError
+from sagacity.core.errors import DefinitionError, NotRecordable
 
-__all__ = ["Command", "Event", "Message", "MessageType", "message_type"]
+__all__ = [
+    "Command",
+    "CommandDone",
+    "CommandFailed",
+    "Event",
+    "Message",
+    "MessageType",
+    "encode_message",
+    "message_type",
+]
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.:-]{0,126}\Z")
 
@@ -129,3 +138,43 @@ else:
 def message_type(message: Message | type[Message]) -> MessageType:
     """The facts of a message or message class."""
     return message.__message_type__
+
+
+class CommandDone(Event, topic="sagacity.replies", name="sagacity.CommandDone"):
+    """The reply to a command whose handler returned nothing."""
+
+    command_id: str
+    command_type: str
+
+
+class CommandFailed(Event, topic="sagacity.replies", name="sagacity.CommandFailed"):
+    """The reply to a command that was refused, or failed until the attempts ran out.
+
+    `refused` True means that it certainly had no effect; False means that nobody knows.
+    """
+
+    command_id: str
+    command_type: str
+    reason: str
+    refused: bool
+    attempts: int = 0
+
+
+_encoder = msgspec.json.Encoder(order="deterministic")
+
+
+def encode_message(message: Message) -> bytes:
+    """A message as JSON with sorted keys.
+
+    Raises NotRecordable for a payload that is no plain value: events carry ids and values, never
+    live objects.
+    """
+    try:
+        return _encoder.encode(message)
+    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
+        kind = type(message)
+        raise NotRecordable(
+            f"{message_type(message).kind} {kind.__module__}.{kind.__qualname__} cannot be encoded: "
+            f"{error}; expected ids and plain values; put the entity's id and the changed values "
+            "into the message instead of the object"
+        ) from error
