@@ -389,21 +389,21 @@ class Field(msgspec.Struct, frozen=True):
         value: Any = text.strip()
         if isinstance(self.default, dict):
             value = _pairs(value, where)
-        value = self._converted(value, where)
+        value = self._converted(value, where, strict=not isinstance(value, str))
         self.check(value, where)
         return value
 
     def check(self, value: Any, where: str) -> None:
         """Raises ConfigurationError where `value` is not allowed."""
-        self._converted(value, where)
+        self._converted(value, where, strict=True)
         if self.is_url and not value:
             raise _wrong(where, "a URL", value)
         if self.name == "health" and value:
             _address(value, where)
 
-    def _converted(self, value: Any, where: str) -> Any:
+    def _converted(self, value: Any, where: str, *, strict: bool) -> Any:
         try:
-            return msgspec.convert(value, self.type, strict=not isinstance(value, str))
+            return msgspec.convert(value, self.type, strict=strict)
         except msgspec.ValidationError:
             # The text of msgspec would do, but may quote a URL and does not say what was found.
             raise _wrong(where, self.expected, self.shown(value)) from None
@@ -487,7 +487,7 @@ def _content(path: str, where: str) -> str:
         return Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise _wrong(where, "the path of a readable text file", f"{path} ({reason})") from None
+        raise _wrong(where, "the path of a readable text file", f"{reason}: {path}") from None
 
 
 def _wrong(where: str, expected: str, got: object) -> ConfigurationError:
