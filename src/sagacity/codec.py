@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import msgspec
 
-from sagacity.core.delivery import Envelope, checked_id
+from sagacity.core.delivery import Envelope, checked_id, decode_entry, encode_entry
 from sagacity.core.errors import DecodeError, DefinitionError
 from sagacity.core.messages import Message, MessageType, encode_message, message_type
 
@@ -148,23 +148,12 @@ class Registry:
 
 # --------------------------------------------------------------------------------------- envelopes
 
-_entry_encoder = msgspec.msgpack.Encoder()
-_entry_decoder = msgspec.msgpack.Decoder(Envelope)
 _headers_encoder = msgspec.json.Encoder()
 _headers_decoder = msgspec.json.Decoder(Envelope)
 
 
-def encode_envelope(envelope: Envelope) -> bytes:
-    """The *entry* form of an envelope."""
-    return _entry_encoder.encode(envelope)
-
-
-def decode_envelope(entry: bytes) -> Envelope:
-    """The envelope of an *entry*. Raises DecodeError for other bytes."""
-    try:
-        return _entry_decoder.decode(entry)
-    except Exception as error:
-        raise DecodeError(f"stored entry: {type(error).__name__}: {error}") from error
+encode_envelope, decode_envelope = encode_entry, decode_entry
+"""The *entry* form of an envelope, and back."""
 
 
 def encode_headers(envelope: Envelope) -> bytes:

@@ -15,7 +15,7 @@ import msgspec
 
 from sagacity.core.delivery import Delivery, Envelope
 from sagacity.core.instance import Instance
-from sagacity.core.plan import DeadLetterRow, OutboxRow, ParkedRow, Plan, TransitionRow
+from sagacity.core.plan import DeadLetterRow, Known, Loaded, OutboxRow, ParkedRow, Plan, TransitionRow
 
 
 class Clock(Protocol):
@@ -104,15 +104,6 @@ class Lookup(msgspec.Struct, frozen=True):
     value: str
 
 
-class Loaded(msgspec.Struct):
-    """What a transaction holds locked, and what it could not get."""
-
-    instances: dict[tuple[str, str], Instance]
-    """(saga_type, saga_key) -> instance, locked until the transaction ends."""
-    busy: set[tuple[str, str]]
-    """Instances another transaction holds. What is in neither does not exist."""
-
-
 class PendingRow(msgspec.Struct, frozen=True):
     """An outbox row that the bus has not acknowledged yet."""
 
@@ -160,17 +151,6 @@ class Transaction(Protocol):
         or KeyTaken as `Plan` says, DataRefused for a value the database does not take.
         """
         ...
-
-
-class Known(msgspec.Struct):
-    """What the guards know of a batch."""
-
-    seen: set[tuple[str, str]]
-    """(consumer, message_id) that are in the inbox."""
-    timeouts: set[tuple[str, str, int]]
-    """(uid, name, generation) that are still armed."""
-    parked: set[tuple[str, str]]
-    """(consumer, message_id) that are still parked."""
 
 
 class DueTimeout(msgspec.Struct, frozen=True):

@@ -121,3 +121,20 @@ def checked_id(value: str, what: str) -> str:
     if not value.isprintable() and any(ord(c) < 32 or ord(c) == 127 for c in value):
         raise DecodeError(f"{what}: expected no control characters, got {value!r}")
     return value
+
+
+_entry_encoder = msgspec.msgpack.Encoder()
+_entry_decoder = msgspec.msgpack.Decoder(Envelope)
+
+
+def encode_entry(envelope: Envelope) -> bytes:
+    """An envelope as one msgpack document, for rows that only we read."""
+    return _entry_encoder.encode(envelope)
+
+
+def decode_entry(entry: bytes) -> Envelope:
+    """The envelope of `encode_entry`. Raises DecodeError for other bytes."""
+    try:
+        return _entry_decoder.decode(entry)
+    except Exception as error:
+        raise DecodeError(f"stored entry: {type(error).__name__}: {error}") from error

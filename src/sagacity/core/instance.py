@@ -100,6 +100,8 @@ class Ledger(msgspec.Struct, frozen=True, omit_defaults=True):
     compensation: Compensation | None = None
     correlation_id: str = ""
     actor: str = ""
+    hops: int = 0
+    """`Envelope.hops` of the message that started it."""
     steps: int = 0
     """How many messages were handled."""
 

@@ -6,13 +6,46 @@ without understanding it; only a store can make it true, and nothing leaves befo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 
 import msgspec
 
-from sagacity.core.delivery import Envelope
+from sagacity.core.decide import (
+    Decision,
+    Sender,
+    TimeoutDue,
+    decide,
+    is_control,
+    take_deferred,
+    timeout_envelope,
+)
+from sagacity.core.definition import Definition
+from sagacity.core.delivery import Envelope, encode_entry, spread
+from sagacity.core.errors import DecodeError
 from sagacity.core.instance import Instance
+from sagacity.core.messages import Message
+
+
+class Loaded(msgspec.Struct):
+    """What a transaction holds locked, and what it could not get."""
+
+    instances: dict[tuple[str, str], Instance]
+    """(saga_type, saga_key) -> instance, locked until the transaction ends."""
+    busy: set[tuple[str, str]]
+    """Instances another transaction holds. What is in neither does not exist."""
+
+
+class Known(msgspec.Struct):
+    """What the guards know of a batch."""
+
+    seen: set[tuple[str, str]]
+    """(consumer, message_id) that are in the inbox."""
+    timeouts: set[tuple[str, str, int]]
+    """(uid, name, generation) that are still armed."""
+    parked: set[tuple[str, str]]
+    """(consumer, message_id) that are still parked."""
 
 
 class Source(StrEnum):
@@ -31,9 +64,17 @@ class Arrival(msgspec.Struct, frozen=True, kw_only=True):
 
     envelope: Envelope
     consumer: str
-    """Inbox name: the saga type, and ``type#key`` where a message reaches several instances."""
+    """Inbox name: the saga type, and ``type#key`` where a message reaches several instances. For a
+    parked row: the consumer of that row."""
     saga_type: str
     saga_key: str
+    """Empty where a further key was looked up and no instance has it."""
+    parks_as: str = ""
+    """Consumer of the parked row should it fail; by default `consumer`."""
+    waits_for: str = ""
+    """``key name=value`` it looked by; what it waits for where there is no instance."""
+    missing: str = "ignore"
+    """Policy where there is no instance: ``wait``, ``ignore``, ``dead-letter``."""
     source: Source = Source.BUS
     attempts: int = 0
     """Failed attempts so far, from the parked row."""
@@ -211,7 +252,491 @@ class Plan(msgspec.Struct, kw_only=True):
         )
 
 
-def merge(plan: Plan, rows: Iterable[ParkedRow], inbox: Iterable[InboxRow]) -> None:
-    """Adds the work of participants that arrived in the same batch."""
-    plan.parked.extend(rows)
-    plan.inbox.extend(inbox)
+
+
+# ------------------------------------------------------------------------------------- plan_batch
+
+Decode = Callable[[Envelope], Message]
+"""Gives the message of an envelope, a fresh one with each call. Raises DecodeError."""
+
+
+class Retry(msgspec.Struct, frozen=True):
+    """When a message that failed, or found no instance, is tried again; times in microseconds."""
+
+    attempts_max: int = 8
+    base_us: int = 500_000
+    cap_us: int = 300_000_000
+    missing_us: int = 60_000_000
+    """How long a message waits for an instance to appear before it becomes a dead letter."""
+
+    def due_at(self, now: int, attempts: int, *key: str) -> int:
+        """When attempt number `attempts` + 1 is due.
+
+        Each gap is drawn from between the previous bound and the next, which doubles up to the cap:
+        gaps always grow, and messages that failed together spread over half the time to the next.
+        """
+        low = min(self.cap_us // 2, self.base_us << min(attempts - 1, 40)) if attempts > 1 else self.base_us // 2
+        return now + low + int(low * spread(*key, str(attempts)))
+
+
+class Catalog(msgspec.Struct, frozen=True):
+    """What the sagas of one service are, and how they speak."""
+
+    definitions: dict[str, Definition]
+    """Saga type -> definition."""
+    decode: Decode
+    sender: Sender
+    retry: Retry = Retry()
+
+
+class Routed(msgspec.Struct, frozen=True):
+    """Where one message goes for one saga type."""
+
+    definition: Definition
+    keys: tuple[str, ...]
+    """Instances named by the message itself."""
+    lookup: tuple[str, str] | None
+    """Or the further key, name and value, that the store must be asked for."""
+    missing: str
+    waits_for: str
+
+
+def route(catalog: Catalog, envelope: Envelope, only: str = "") -> list[Routed]:
+    """The saga types that a message concerns, and how to find their instances.
+
+    A reply names its instance in the header; any other event is looked up by the key that the saga
+    declares for it. With `only`, just that saga type is looked at. Raises DecodeError.
+    """
+    addressed = catalog.definitions.get(envelope.saga_type)
+    found: list[Routed] = []
+    for saga_type, definition in catalog.definitions.items():
+        if only and saga_type != only:
+            continue
+        event_route = definition.routes.get(envelope.type)
+        if definition is addressed and envelope.saga_key:
+            missing = event_route.missing if event_route and event_route.starts else "ignore"
+            found.append(Routed(definition, (envelope.saga_key,), None, missing, ""))
+        elif event_route is not None:
+            keys = event_route.keys(catalog.decode(envelope))
+            if event_route.key_name:
+                for value in keys:
+                    name = event_route.key_name
+                    found.append(
+                        Routed(definition, (), (name, value), event_route.missing, f"{name}={value}")
+                    )
+            elif keys:
+                waits_for = f"{definition.key_field}={keys[0]}"
+                found.append(Routed(definition, keys, None, event_route.missing, waits_for))
+    return found
+
+
+def arrivals_of(
+    routed: Routed,
+    keys: Sequence[str],
+    envelope: Envelope,
+    *,
+    source: Source = Source.BUS,
+    delivery: int = -1,
+    row: ParkedRow | None = None,
+) -> list[Arrival]:
+    """The arrivals of one message at the instances `keys` of one saga type.
+
+    Where the message may reach several instances the inbox key names the instance too.
+    """
+    saga_type = routed.definition.saga_type
+    fans_out = routed.lookup is not None or len(routed.keys) > 1
+    made: list[Arrival] = []
+    for key in keys or ("",):
+        own = f"{saga_type}#{key}" if fans_out and key else saga_type
+        made.append(
+            Arrival(
+                envelope=envelope,
+                consumer=row.consumer if row is not None else own,
+                saga_type=saga_type,
+                saga_key=key,
+                parks_as=own if row is None or len(keys) > 1 else row.consumer,
+                waits_for=routed.waits_for,
+                missing=routed.missing,
+                source=source,
+                attempts=row.attempts if row is not None else 0,
+                parked_at=row.parked_at if row is not None else 0,
+                delivery=delivery,
+            )
+        )
+    return made
+
+
+def timeout_arrival(
+    *, uid: str, name: str, generation: int, due_at: int, saga_type: str, saga_key: str
+) -> Arrival:
+    """The arrival of a due timeout at its instance."""
+    envelope = timeout_envelope(
+        uid=uid, name=name, generation=generation, due_at=due_at, saga_type=saga_type, saga_key=saga_key
+    )
+    return Arrival(
+        envelope=envelope,
+        consumer=saga_type,
+        saga_type=saga_type,
+        saga_key=saga_key,
+        source=Source.TIMEOUT,
+    )
+
+
+def plan_batch(
+    catalog: Catalog,
+    arrivals: Sequence[Arrival],
+    loaded: Loaded,
+    known: Known,
+    now: int,
+) -> tuple[Plan, list[Outcome]]:
+    """What one transaction must write for these arrivals, and what became of each.
+
+    `loaded` and `known` were read under the locks of that transaction. A message whose handler
+    raises loses only its own effects. Nothing is raised for a bad message.
+    """
+    batch = _Batch(catalog, loaded, known, now)
+    outcomes = batch.fold(arrivals)
+    return batch.finish(), outcomes
+
+
+class _Batch:
+    """The fold: instances as they stand after each arrival, and the rows so far."""
+
+    def __init__(self, catalog: Catalog, loaded: Loaded, known: Known, now: int) -> None:
+        self.catalog, self.loaded, self.known, self.now = catalog, loaded, known, now
+        self.plan = Plan(now=now)
+        self.instances = dict(loaded.instances)
+        self.changed: set[tuple[str, str]] = set()
+        self.taken: set[tuple[str, str]] = set()
+        self.accepted: set[tuple[str, str]] = set()
+
+    def fold(self, arrivals: Sequence[Arrival]) -> list[Outcome]:
+        # A parked row that reaches several instances is taken over once, for all of them or none.
+        held = {
+            (a.consumer, a.envelope.id)
+            for a in arrivals
+            if a.source is Source.PARKED and (a.saga_type, a.saga_key) in self.loaded.busy
+        }
+        return [
+            Outcome.BUSY
+            if a.source is Source.PARKED and (a.consumer, a.envelope.id) in held
+            else self.arrive(a)
+            for a in arrivals
+        ]
+
+    def arrive(self, arrival: Arrival) -> Outcome:
+        place = (arrival.saga_type, arrival.saga_key)
+        if place in self.loaded.busy:
+            return Outcome.BUSY
+        if not self.admitted(arrival):
+            return Outcome.DUPLICATE
+        instance = self.instances.get(place)
+        if instance is not None and self.must_wait(instance, arrival):
+            outcome = self.park_behind(arrival, instance)
+        else:
+            outcome = self.handle(arrival, place, instance)
+        if arrival.source is Source.BUS:
+            self.accepted.add((arrival.consumer, arrival.envelope.id))
+            self.plan.inbox.append(InboxRow(arrival.consumer, arrival.envelope.id, outcome))
+        return outcome
+
+    # ------------------------------------------------------------------------------------- guards
+
+    def admitted(self, arrival: Arrival) -> bool:
+        """False where this arrival had its effect before; takes over the row that guards it."""
+        message_id = arrival.envelope.id
+        match arrival.source:
+            case Source.BUS:
+                guard = (arrival.consumer, message_id)
+                return guard not in self.known.seen and guard not in self.accepted
+            case Source.PARKED:
+                guard = (arrival.consumer, message_id)
+                if guard not in self.known.parked:
+                    return False
+                if guard not in self.taken:
+                    self.taken.add(guard)
+                    self.plan.unparked.append(guard)
+                return True
+            case Source.TIMEOUT:
+                message = self.catalog.decode(arrival.envelope)
+                assert isinstance(message, TimeoutDue)
+                uid = arrival.envelope.saga_uid
+                if (uid, message.name, message.generation) not in self.known.timeouts:
+                    return False
+                self.known.timeouts.discard((uid, message.name, message.generation))
+                self.plan.timeouts_cancelled.append((uid, message.name))
+                return True
+
+    def must_wait(self, instance: Instance, arrival: Arrival) -> bool:
+        """True where an earlier message of the instance failed and is still to be tried again."""
+        queue = instance.ledger.parked
+        if not queue or instance.status.finished or is_control(arrival.envelope):
+            return False
+        return queue[0] != (arrival.parks_as or arrival.consumer, arrival.envelope.id)
+
+    # ------------------------------------------------------------------------------------ outcomes
+
+    def handle(self, arrival: Arrival, place: tuple[str, str], instance: Instance | None) -> Outcome:
+        definition = self.catalog.definitions[arrival.saga_type]
+        try:
+            message = self.catalog.decode(arrival.envelope)
+        except DecodeError as error:
+            return self.dead(arrival, instance, "mistyped", str(error))
+        try:
+            decision = decide(
+                definition,
+                instance if arrival.saga_key else None,
+                arrival.envelope,
+                message,
+                self.now,
+                self.catalog.sender,
+                key=arrival.saga_key,
+            )
+        except Exception as error:
+            return self.failed(arrival, instance, _traceback(error))
+        if decision.missing:
+            return self.missing(arrival)
+        self.unblock(arrival, instance if decision.instance is None else decision.instance)
+        if decision.instance is None:
+            return Outcome.IGNORED
+        self.apply(arrival.envelope, instance, decision)
+        if decision.deferred:
+            return Outcome.DEFERRED
+        self.replay_deferred(definition, place)
+        return Outcome.HANDLED
+
+    def apply(self, envelope: Envelope, before: Instance | None, decision: Decision) -> None:
+        """Adds the rows of one decision."""
+        after = decision.instance
+        assert after is not None
+        # `unblock` may have shortened the queue of a copy that is already noted.
+        place = (after.type, after.key)
+        noted = self.instances.get(place)
+        if noted is not None and noted.uid == after.uid and noted.ledger.parked != after.ledger.parked:
+            after = _with_parked(after, noted.ledger.parked)
+        plan, uid = self.plan, after.uid
+        if after.status.finished and after.ledger.parked:
+            # Nothing will unblock them one by one any more; each is ignored when it comes.
+            plan.released.extend(after.ledger.parked)
+            after = _with_parked(after, ())
+        self.note(after)
+        plan.outbox.extend(OutboxRow(uid, emitted) for emitted in decision.emitted)
+        plan.timeouts_cancelled.extend((uid, name) for name in decision.cancelled)
+        for name, armed in decision.timeouts.items():
+            plan.timeouts_cancelled.append((uid, name))
+            plan.timeouts = [row for row in plan.timeouts if (row.uid, row.name) != (uid, name)]
+            plan.timeouts.append(
+                TimeoutRow(uid, name, armed.generation, armed.due_at, after.type, after.key)
+            )
+        for name in decision.cancelled:
+            plan.timeouts = [row for row in plan.timeouts if (row.uid, row.name) != (uid, name)]
+        for key in decision.correlated:
+            plan.correlations.append(
+                CorrelationRow(after.type, key.name, key.value, after.key, key.unique)
+            )
+            plan.woken.append((after.type, f"{key.name}={key.value}"))
+        if before is None or before.uid != uid:
+            definition = self.catalog.definitions[after.type]
+            plan.woken.append((after.type, f"{definition.key_field}={after.key}"))
+        if after.status.finished and after.ledger.keys:
+            plan.correlations = [
+                row for row in plan.correlations if (row.saga_type, row.saga_key) != place
+            ]
+            plan.correlations_dropped.append(place)
+        if not decision.deferred:
+            plan.transitions.append(_transition(envelope, before, after, decision))
+
+    def replay_deferred(self, definition: Definition, place: tuple[str, str]) -> None:
+        """After a transition, early events that are handled now, in the order they came."""
+        while True:
+            instance = self.instances[place]
+            taken = take_deferred(definition, instance)
+            if taken is None:
+                return
+            envelope, rest = taken
+            try:
+                message = self.catalog.decode(envelope)
+                decision = decide(definition, rest, envelope, message, self.now, self.catalog.sender)
+            except Exception as error:
+                # It left the instance; from here on it is a message that failed once.
+                arrival = Arrival(
+                    envelope=envelope,
+                    consumer=f"{place[0]}#{place[1]}",
+                    saga_type=place[0],
+                    saga_key=place[1],
+                    source=Source.PARKED,
+                    parked_at=self.now,
+                )
+                self.note(msgspec.structs.replace(rest, version=rest.version + 1))
+                self.failed(arrival, self.instances[place], _traceback(error))
+                continue
+            if decision.instance is None:
+                self.note(msgspec.structs.replace(rest, version=rest.version + 1))
+            else:
+                self.apply(envelope, instance, decision)
+
+    def missing(self, arrival: Arrival) -> Outcome:
+        """No instance: the handler's policy decides."""
+        if arrival.missing == "ignore":
+            return Outcome.IGNORED
+        waited = self.now - arrival.parked_at if arrival.parked_at else 0
+        if arrival.missing == "dead-letter" or waited > self.catalog.retry.missing_us:
+            text = f"no {arrival.saga_type} with {arrival.waits_for or arrival.saga_key}"
+            if waited:
+                text += f" appeared within {waited / 1e6:.0f} s"
+            return self.dead(arrival, None, "missing", text)
+        pause = min(max(waited // 4, 100_000), 5_000_000)
+        self.park(arrival, due_at=self.now + pause, attempts=arrival.attempts, reason="missing")
+        return Outcome.PARKED
+
+    def failed(self, arrival: Arrival, instance: Instance | None, error: str) -> Outcome:
+        """The handler raised: its effects are gone, the message is tried again later."""
+        attempts, retry = arrival.attempts + 1, self.catalog.retry
+        if attempts >= retry.attempts_max:
+            return self.dead(arrival, instance, "failed", error, attempts=attempts)
+        due_at = retry.due_at(self.now, attempts, arrival.envelope.id, arrival.consumer)
+        self.park(arrival, due_at=due_at, attempts=attempts, reason="retry", error=error)
+        if instance is not None:
+            self.enqueue(arrival, instance)
+        return Outcome.PARKED
+
+    def park_behind(self, arrival: Arrival, instance: Instance) -> Outcome:
+        """Keeps the order of an instance whose earlier message failed."""
+        limit = self.catalog.sender.limits.parked_max
+        if len(instance.ledger.parked) >= limit:
+            text = f"{limit} messages wait behind one that failed; expected fewer"
+            return self.dead(arrival, instance, "failed", text)
+        self.park(arrival, due_at=None, attempts=arrival.attempts, reason="behind")
+        self.enqueue(arrival, instance)
+        return Outcome.PARKED
+
+    def park(
+        self, arrival: Arrival, *, due_at: int | None, attempts: int, reason: str, error: str = ""
+    ) -> None:
+        self.plan.parked.append(
+            ParkedRow(
+                consumer=arrival.parks_as or arrival.consumer,
+                message_id=arrival.envelope.id,
+                saga_type=arrival.saga_type,
+                saga_key=arrival.saga_key,
+                lane=arrival.waits_for if reason == "missing" else "",
+                due_at=due_at,
+                attempts=attempts,
+                parked_at=arrival.parked_at or self.now,
+                reason=reason,
+                error=error,
+                envelope=arrival.envelope,
+            )
+        )
+
+    def dead(
+        self, arrival: Arrival, instance: Instance | None, reason: str, error: str, *, attempts: int = 0
+    ) -> Outcome:
+        """Nobody will try it again, unless an operator does; what waits behind it goes on."""
+        self.plan.dead_letters.append(
+            DeadLetterRow(
+                consumer=arrival.parks_as or arrival.consumer,
+                message_id=arrival.envelope.id,
+                topic=arrival.envelope.topic,
+                message_type=arrival.envelope.type,
+                reason=reason,
+                error=error,
+                attempts=attempts or arrival.attempts,
+                entry=encode_entry(arrival.envelope),
+                decoded=True,
+                at=self.now,
+                saga_type=arrival.saga_type,
+                saga_key=arrival.saga_key,
+                lane=arrival.waits_for if reason == "missing" else "",
+            )
+        )
+        if instance is not None:
+            self.unblock(arrival, instance)
+        return Outcome.DEAD
+
+    # ------------------------------------------------------------------- the queue of an instance
+
+    def enqueue(self, arrival: Arrival, instance: Instance) -> None:
+        entry = (arrival.parks_as or arrival.consumer, arrival.envelope.id)
+        if entry not in instance.ledger.parked:
+            queue = (*instance.ledger.parked, entry)
+            self.note(
+                msgspec.structs.replace(_with_parked(instance, queue), version=instance.version + 1)
+            )
+
+    def unblock(self, arrival: Arrival, instance: Instance | None) -> None:
+        """The head of the queue is done: the next one is due at once."""
+        entry = (arrival.parks_as or arrival.consumer, arrival.envelope.id)
+        if instance is None or entry not in instance.ledger.parked:
+            return
+        queue = tuple(other for other in instance.ledger.parked if other != entry)
+        if queue:
+            self.plan.released.append(queue[0])
+        current = self.instances[instance.type, instance.key]
+        self.note(
+            msgspec.structs.replace(_with_parked(current, queue), version=current.version + 1)
+        )
+
+    def note(self, instance: Instance) -> None:
+        place = (instance.type, instance.key)
+        self.instances[place] = instance
+        self.changed.add(place)
+
+    def finish(self) -> Plan:
+        """The rows of the instances, each once, with the version it had before the batch."""
+        for place in sorted(self.changed):
+            instance = self.instances[place]
+            before = self.loaded.instances.get(place)
+            if before is None:
+                self.plan.saga_inserts.append(instance)
+            else:
+                self.plan.saga_updates.append((instance, before.version))
+        return self.plan
+
+
+def _with_parked(instance: Instance, queue: tuple[tuple[str, str], ...]) -> Instance:
+    ledger = msgspec.structs.replace(instance.ledger, parked=queue)
+    return msgspec.structs.replace(instance, ledger=ledger)
+
+
+def _traceback(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))[-20_000:]
+
+
+_effects = msgspec.json.Encoder()
+
+
+def _transition(
+    envelope: Envelope, before: Instance | None, after: Instance, decision: Decision
+) -> TransitionRow:
+    reborn = before is None or before.uid != after.uid
+    effects: dict[str, object] = {}
+    if decision.emitted:
+        effects["sent"] = [
+            [e.type, e.id, "undo" if e.undoes else "event" if not e.saga_uid else "command"]
+            for e in decision.emitted
+        ]
+    if decision.timeouts:
+        effects["timeouts"] = {name: armed.due_at for name, armed in decision.timeouts.items()}
+    if decision.cancelled:
+        effects["cancelled"] = list(decision.cancelled)
+    if decision.correlated:
+        effects["keys"] = [[key.name, key.value] for key in decision.correlated]
+    if decision.reason:
+        effects["reason"] = decision.reason
+    return TransitionRow(
+        uid=after.uid,
+        version=after.version,
+        saga_type=after.type,
+        saga_key=after.key,
+        at=after.updated_at,
+        message_id=envelope.id,
+        message_type=envelope.type,
+        handler=decision.handler,
+        state_from="" if before is None or reborn else before.state,
+        state_to=after.state,
+        status=str(after.status),
+        correlation_id=after.ledger.correlation_id,
+        effects=_effects.encode(effects),
+        entry=encode_entry(envelope),
+    )

@@ -1,0 +1,626 @@
+"""`decide`: one message meets one saga instance. Everything else in the framework serves this.
+
+    decide(definition, instance or None, envelope, message, now, sender) -> Decision
+
+The same function is driven by the worker, by scenarios, by the simulation, by the checker and by
+the console. It raises what the user's handler raises and changes nothing in place.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from sagacity.core.definition import Definition, Handler, Kind
+from sagacity.core.delivery import HOPS_MAX, Envelope, derived_id
+from sagacity.core.effects import CancelTimeout, Correlate, Publish, Send, SetTimeout
+from sagacity.core.errors import DecodeError, HandlerError, LimitExceeded
+from sagacity.core.instance import (
+    Armed,
+    Compensation,
+    Instance,
+    Ledger,
+    PendingCommand,
+    Status,
+    Undoable,
+)
+from sagacity.core.messages import (
+    Command,
+    CommandDone,
+    CommandFailed,
+    Event,
+    Message,
+    encode_message,
+    message_type,
+)
+from sagacity.core.saga import Turn, run_handler
+
+
+class TimeoutDue(Event, topic="sagacity.timeouts", name="sagacity.TimeoutDue"):
+    """A timeout of a saga instance has come; never on the bus."""
+
+    name: str
+    generation: int
+
+
+class Cancel(Event, topic="sagacity.control", name="sagacity.Cancel"):
+    """An operator ends an instance: what it did is undone."""
+
+    reason: str
+
+
+class RetryUndo(Event, topic="sagacity.control", name="sagacity.RetryUndo"):
+    """An operator has the failed undo commands of a stuck instance sent again."""
+
+    reason: str = ""
+
+
+class WaiveUndo(Event, topic="sagacity.control", name="sagacity.WaiveUndo"):
+    """An operator takes the failed undo commands of a stuck instance as settled by hand."""
+
+    reason: str
+
+
+CONTROL: tuple[type[Event], ...] = (Cancel, RetryUndo, WaiveUndo)
+FRAMEWORK: tuple[type[Event], ...] = (CommandDone, CommandFailed, TimeoutDue, *CONTROL)
+"""Message types of our own that reach saga instances."""
+
+_CONTROL = frozenset(message_type(cls).name for cls in CONTROL)
+_TIMEOUT = message_type(TimeoutDue).name
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """How large one step, and one instance, may get; beyond that a step fails."""
+
+    commands_max: int = 10_000
+    """Messages one step may send."""
+    timeouts_max: int = 1_000
+    deferred_max: int = 1_000
+    parked_max: int = 10_000
+    state_bytes_max: int = 262_144
+    payload_bytes_max: int = 262_144
+
+
+class Sender(msgspec.Struct, frozen=True):
+    """Who sends what the sagas of a service send, and where it listens."""
+
+    service: str
+    reply_to: str = ""
+    reply_topics: tuple[str, ...] = ()
+    limits: Limits = Limits()
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """What a message does to an instance."""
+
+    handled: bool
+    """False: nothing happened but perhaps that the message now waits in the instance."""
+    deferred: bool = False
+    missing: bool = False
+    """True: there is no instance, and the message does not start one."""
+    instance: Instance | None = None
+    """The instance after, where anything changed."""
+    handler: str = ""
+    emitted: tuple[Envelope, ...] = ()
+    """Commands and events to leave after commit, in order."""
+    timeouts: dict[str, Armed] = {}
+    cancelled: tuple[str, ...] = ()
+    correlated: tuple[Correlate, ...] = ()
+    reason: str = ""
+    """Why it was ignored, or why the instance compensates."""
+
+
+def trigger_of(envelope: Envelope, message: Message) -> tuple[Kind, str]:
+    """Which rows of a transition table a message looks at."""
+    if isinstance(message, TimeoutDue):
+        return "timeout", message.name
+    if isinstance(message, CommandFailed):
+        return "failure", message.command_type
+    if isinstance(message, CommandDone):
+        return "done", message.command_type
+    return "event", envelope.type
+
+
+def is_control(envelope: Envelope) -> bool:
+    """True for an operator's word; it does not wait behind messages that failed."""
+    return envelope.type in _CONTROL
+
+
+def timeout_envelope(
+    *, uid: str, name: str, generation: int, due_at: int, saga_type: str, saga_key: str
+) -> Envelope:
+    """The message a due timeout becomes. Its id is the same however often the clock finds it."""
+    return Envelope(
+        id=f"timeout:{derived_id(uid, name, str(generation))}",
+        type=_TIMEOUT,
+        topic=message_type(TimeoutDue).topic,
+        body=encode_message(TimeoutDue(name, generation)),
+        time=due_at,
+        saga_type=saga_type,
+        saga_key=saga_key,
+        saga_uid=uid,
+    )
+
+
+def decide(
+    definition: Definition,
+    instance: Instance | None,
+    envelope: Envelope,
+    message: Message,
+    now: int,
+    sender: Sender,
+    *,
+    key: str = "",
+) -> Decision:
+    """What `message` does to `instance`; `now` is in microseconds.
+
+    `key` names the instance a start event creates. Raises what the handler raises, `HandlerError`
+    for a broken rule, `LimitExceeded` for a step that is too large. `message` may be changed by the
+    handler and must not be used again.
+    """
+    kind, trigger = trigger_of(envelope, message)
+    if instance is None:
+        start = definition.starts.get(trigger) if kind == "event" else None
+        if start is None:
+            return Decision(handled=False, missing=True, reason="no instance")
+        return _Step(definition, _unborn(definition, key, envelope, now), envelope, now, sender).run(
+            start, message
+        )
+    if envelope.saga_uid and envelope.saga_uid != instance.uid:
+        return Decision(handled=False, reason="meant for an earlier instance of this key")
+    if instance.status.finished:
+        start = definition.starts.get(trigger) if kind == "event" else None
+        if start is None or not definition.restartable:
+            return Decision(handled=False, reason=f"instance is {instance.status}")
+        reborn = msgspec.structs.replace(
+            _unborn(definition, instance.key, envelope, now), version=instance.version
+        )
+        return _Step(definition, reborn, envelope, now, sender).run(start, message)
+
+    step = _Step(definition, instance, envelope, now, sender)
+    if isinstance(message, CONTROL):
+        return step.control(message)
+    if isinstance(message, TimeoutDue) and not step.fire(message):
+        return Decision(handled=False, reason="stale timeout")
+    answered = step.answer(message)
+    if instance.status is not Status.RUNNING:
+        if not answered:
+            return Decision(handled=False, reason=f"instance is {instance.status}")
+        step.go_on_compensating()
+        return step.decision("")
+    handler = definition.handler(instance.state, kind, trigger)
+    if handler is not None:
+        return step.run(handler, message)
+    if definition.waits(instance.state, kind, trigger):
+        return step.defer()
+    if isinstance(message, CommandFailed):
+        step.compensate(f"{message.command_type} failed: {message.reason}")
+        return step.decision("")
+    if answered or isinstance(message, TimeoutDue):
+        return step.decision("")
+    return Decision(handled=False, reason=f"not expected in state {instance.state!r}")
+
+
+def take_deferred(definition: Definition, instance: Instance) -> tuple[Envelope, Instance] | None:
+    """The first waiting event that the present state handles, and the instance without it."""
+    if instance.status is not Status.RUNNING:
+        return None
+    for index, envelope in enumerate(instance.ledger.deferred):
+        kind, trigger = _deferred_trigger(envelope)
+        if definition.handler(instance.state, kind, trigger) is not None:
+            rest = instance.ledger.deferred[:index] + instance.ledger.deferred[index + 1 :]
+            ledger = msgspec.structs.replace(instance.ledger, deferred=rest)
+            return envelope, msgspec.structs.replace(instance, ledger=ledger)
+    return None
+
+
+_framework_decoders = {
+    message_type(cls).name: msgspec.json.Decoder(cls) for cls in FRAMEWORK
+}
+
+
+def _deferred_trigger(envelope: Envelope) -> tuple[Kind, str]:
+    decoder = _framework_decoders.get(envelope.type)
+    return ("event", envelope.type) if decoder is None else trigger_of(envelope, decoder.decode(envelope.body))
+
+
+def decode_framework(envelope: Envelope) -> Message | None:
+    """The message of an envelope of our own types, or None. Raises DecodeError."""
+    decoder = _framework_decoders.get(envelope.type)
+    if decoder is None:
+        return None
+    try:
+        return decoder.decode(envelope.body)
+    except Exception as error:
+        raise DecodeError(f"message {envelope.id} of type {envelope.type}: {error}") from error
+
+
+def _unborn(definition: Definition, key: str, envelope: Envelope, now: int) -> Instance:
+    """The instance a start event finds: version 0, in no state yet."""
+    return Instance(
+        type=definition.saga_type,
+        key=key,
+        uid=derived_id(definition.saga_type, key, envelope.id),
+        version=0,
+        status=Status.RUNNING,
+        state="",
+        schema_version=definition.version,
+        data=definition.encode(definition.new(key)),
+        ledger=Ledger(
+            correlation_id=envelope.correlation_id or envelope.id, actor=envelope.actor, hops=envelope.hops
+        ),
+        started_at=now,
+        updated_at=now,
+    )
+
+
+class _Step:
+    """The instance while one message is applied to it: mutable parts, frozen again at the end."""
+
+    def __init__(
+        self, definition: Definition, instance: Instance, envelope: Envelope, now: int, sender: Sender
+    ) -> None:
+        self.definition, self.before = definition, instance
+        self.envelope, self.now, self.sender = envelope, now, sender
+        ledger = instance.ledger
+        self.status, self.state, self.data = instance.status, instance.state, instance.data
+        self.pending = dict(ledger.pending)
+        self.undo = list(ledger.undo)
+        self.deferred = ledger.deferred
+        self.armed = dict(ledger.timeouts)
+        self.generation = ledger.generation
+        self.keys = dict(ledger.keys)
+        self.sequence = dict(ledger.sequence)
+        self.compensation = ledger.compensation
+        self.emitted: list[Envelope] = []
+        self.set: dict[str, Armed] = {}
+        self.cancelled: list[str] = []
+        self.correlated: list[Correlate] = []
+        self.reason = ""
+
+    # ----------------------------------------------------------------------- answers and timeouts
+
+    def fire(self, message: TimeoutDue) -> bool:
+        """Disarms a timeout that fired; False where it was replaced or cancelled meanwhile."""
+        armed = self.armed.get(message.name)
+        if armed is None or armed.generation != message.generation:
+            return False
+        del self.armed[message.name]
+        return True
+
+    def answer(self, message: Message) -> bool:
+        """Takes note that a command was answered; False where this message answers none."""
+        command_id = self.envelope.in_reply_to
+        pending = self.pending.pop(command_id, None) if command_id else None
+        if pending is None:
+            return False
+        if pending.undoes:
+            self._undo_answered(command_id, message)
+        elif isinstance(message, CommandFailed):
+            if message.refused:
+                self.undo = [entry for entry in self.undo if entry.command_id != command_id]
+                if self.compensation is not None:
+                    rest = tuple(e for e in self.compensation.remaining if e.command_id != command_id)
+                    self.compensation = msgspec.structs.replace(self.compensation, remaining=rest)
+        else:
+            self.undo = [
+                msgspec.structs.replace(entry, confirmed=True) if entry.command_id == command_id else entry
+                for entry in self.undo
+            ]
+        return True
+
+    def _undo_answered(self, undo_id: str, message: Message) -> None:
+        compensation = self.compensation
+        if compensation is None or undo_id not in compensation.under_way:
+            return
+        under_way = dict(compensation.under_way)
+        entry = under_way.pop(undo_id)
+        failed, errors = dict(compensation.failed), dict(compensation.errors)
+        if isinstance(message, CommandFailed):
+            failed[undo_id] = entry
+            errors[undo_id] = message.reason
+        self.compensation = msgspec.structs.replace(
+            compensation, under_way=under_way, failed=failed, errors=errors
+        )
+
+    def defer(self) -> Decision:
+        """Keeps an early event in the instance until a state handles it."""
+        limit = self.sender.limits.deferred_max
+        if len(self.deferred) >= limit:
+            raise LimitExceeded(
+                f"{self.definition.saga_type} {self.before.key!r} in state {self.state!r}: {limit} early events wait "
+                f"already; expected fewer; {self.envelope.type} is handled later or ignored with ignore()"
+            )
+        self.deferred = (*self.deferred, self.envelope)
+        return msgspec.structs.replace(self.decision(""), handled=False, deferred=True)
+
+    # ----------------------------------------------------------------------------------- handlers
+
+    def run(self, handler: Handler, message: Message) -> Decision:
+        """Calls the handler and gives its effects their meaning."""
+        definition, before = self.definition, self.before
+        if before.schema_version > definition.version:
+            raise HandlerError(
+                f"{definition.saga_type} {before.key!r} was stored by version {before.schema_version} of the class; "
+                f"expected {definition.version} or older; this worker runs older code"
+            )
+        if before.state and before.state not in definition.states:
+            raise HandlerError(
+                f"{definition.saga_type} {before.key!r} is stored in state {before.state!r}; expected one of "
+                f"{', '.join(definition.states)}; keep the old state in the class until no instance is in it"
+            )
+        saga = definition.decode(before.data)
+        turn = Turn(
+            definition,
+            self.envelope,
+            self.now,
+            key=before.key,
+            uid=before.uid,
+            state=self.state,
+            targets=handler.goto,
+            pending=self.pending,
+        )
+        saga.__dict__["_turn"] = turn
+        run_handler(saga, handler.function, message, takes=handler.takes)
+        self.state = self._next_state(handler, turn)
+        self.data = definition.encode(saga)
+        for effect in turn.effects:
+            match effect:
+                case Send():
+                    self._send(effect)
+                case Publish():
+                    self._emit(effect.event, effect.message_id)
+                case SetTimeout():
+                    self._arm(effect)
+                case CancelTimeout():
+                    self._disarm(effect.name)
+                case Correlate():
+                    self._correlate(effect)
+        if turn.compensation is not None:
+            self.compensate(turn.compensation)
+        return self.decision(handler.name)
+
+    def _next_state(self, handler: Handler, turn: Turn) -> str:
+        if turn.goto is not None:
+            return turn.goto
+        if len(handler.goto) == 1:
+            return handler.goto[0]
+        if not handler.goto or self.state in handler.goto:
+            return self.state
+        raise HandlerError(
+            f"{turn.where()}: handler {handler.name} ({handler.location}) did not say where to go; "
+            f"expected a self.goto to one of {', '.join(handler.goto)}"
+        )
+
+    def _send(self, effect: Send) -> None:
+        facts = message_type(effect.command)
+        number = self.sequence.get(facts.topic, 0) + 1
+        self.sequence[facts.topic] = number
+        self._emit(effect.command, effect.command_id, sequence=number)
+        self.pending[effect.command_id] = PendingCommand(
+            effect.command_id, facts.name, facts.topic, self.now
+        )
+        if effect.undo is not None:
+            undo = message_type(effect.undo)
+            self.undo.append(
+                Undoable(
+                    effect.command_id,
+                    facts.name,
+                    facts.topic,
+                    undo.name,
+                    undo.version,
+                    encode_message(effect.undo),
+                )
+            )
+
+    def _emit(self, message: Message, message_id: str, *, sequence: int = 0) -> None:
+        facts = message_type(message)
+        body = encode_message(message)
+        self._emit_encoded(
+            facts.name,
+            facts.topic,
+            facts.version,
+            body,
+            message_id,
+            addressed=isinstance(message, Command),
+            sequence=sequence,
+        )
+
+    def _emit_encoded(
+        self,
+        name: str,
+        topic: str,
+        version: int,
+        body: bytes,
+        message_id: str,
+        *,
+        addressed: bool,
+        sequence: int = 0,
+        undoes: str = "",
+    ) -> None:
+        before, cause, limits = self.before, self.envelope, self.sender.limits
+        if len(body) > limits.payload_bytes_max:
+            raise LimitExceeded(
+                f"{before.type} {before.key!r}: {name} has {len(body)} bytes; expected at most "
+                f"{limits.payload_bytes_max}; send a reference to the data"
+            )
+        if len(self.emitted) >= limits.commands_max:
+            raise LimitExceeded(
+                f"{before.type} {before.key!r}: more than {limits.commands_max} messages in one step"
+            )
+        # A reply or a timeout continues this instance; anything else is a hop further from the start.
+        own = cause.in_reply_to or cause.type == _TIMEOUT
+        hops = 1 + (before.ledger.hops if own else max(before.ledger.hops, cause.hops))
+        if hops > HOPS_MAX:
+            raise LimitExceeded(
+                f"{before.type} {before.key!r}: {name} would be hop {hops}; expected at most {HOPS_MAX}; "
+                "sagas that start or answer each other in a circle never end"
+            )
+        self.emitted.append(
+            Envelope(
+                id=message_id,
+                type=name,
+                topic=topic,
+                version=version,
+                body=body,
+                time=self.now,
+                source=self.sender.service,
+                correlation_id=before.ledger.correlation_id,
+                causation_id=cause.id,
+                actor=before.ledger.actor,
+                hops=hops,
+                saga_type=before.type if addressed else "",
+                saga_key=before.key if addressed else "",
+                saga_uid=before.uid if addressed else "",
+                reply_to=self.sender.reply_to if addressed else "",
+                reply_topics=self.sender.reply_topics if addressed else (),
+                sequence=sequence,
+                undoes=undoes,
+            )
+        )
+
+    def _arm(self, effect: SetTimeout) -> None:
+        self.generation += 1
+        armed = Armed(self.generation, effect.due_at)
+        self.armed[effect.name] = self.set[effect.name] = armed
+        if len(self.armed) > self.sender.limits.timeouts_max:
+            raise LimitExceeded(
+                f"{self.before.type} {self.before.key!r}: more than {self.sender.limits.timeouts_max} timeouts"
+            )
+
+    def _disarm(self, name: str) -> None:
+        self.set.pop(name, None)
+        if self.armed.pop(name, None) is not None:
+            self.cancelled.append(name)
+
+    def _correlate(self, effect: Correlate) -> None:
+        values = self.keys.get(effect.name, ())
+        if effect.value not in values:
+            self.keys[effect.name] = (*values, effect.value)
+            self.correlated.append(effect)
+
+    # ------------------------------------------------------------------------------- compensation
+
+    def compensate(self, reason: str) -> None:
+        """Starts to undo: forward handling stops, timeouts are disarmed, early events dropped."""
+        self.reason = reason
+        self.status = Status.COMPENSATING
+        self.compensation = Compensation(reason=reason, remaining=tuple(self.undo))
+        self.deferred = ()
+        for name in list(self.armed):
+            self._disarm(name)
+        self.go_on_compensating()
+
+    def go_on_compensating(self) -> None:
+        """Sends the next undo, or all of them; finds out whether all is done, or stuck.
+
+        Newest first, each after the one before it was confirmed (Garcia-Molina and Salem 1987);
+        what failed for good stops the sequence, because what lies deeper may rest on it.
+        """
+        compensation = self.compensation
+        assert compensation is not None
+        remaining, under_way = list(compensation.remaining), dict(compensation.under_way)
+        while remaining and not compensation.failed and (self.definition.parallel or not under_way):
+            entry = remaining.pop()
+            undo_id = derived_id(self.before.uid, entry.command_id, "undo", str(compensation.attempt))
+            self._emit_encoded(
+                entry.undo_type,
+                entry.topic,
+                entry.undo_version,
+                entry.undo_body,
+                undo_id,
+                addressed=True,
+                undoes=entry.command_id,
+            )
+            self.pending[undo_id] = PendingCommand(
+                undo_id, entry.undo_type, entry.topic, self.now, undoes=entry.command_id
+            )
+            under_way[undo_id] = entry
+        self.compensation = msgspec.structs.replace(
+            compensation, remaining=tuple(remaining), under_way=under_way
+        )
+        if under_way:
+            self.status = Status.COMPENSATING
+        elif compensation.failed:
+            self.status = Status.STUCK
+        elif not remaining:
+            self.status = Status.COMPENSATED
+
+    def control(self, message: Message) -> Decision:
+        """An operator's word."""
+        compensation = self.compensation
+        match message:
+            case Cancel(reason=reason) if compensation is None:
+                self.compensate(f"cancelled: {reason}")
+                return self.decision("")
+            case RetryUndo(reason=reason) if compensation is not None and compensation.failed:
+                self.reason = reason
+                self.compensation = msgspec.structs.replace(
+                    compensation,
+                    remaining=(*compensation.remaining, *compensation.failed.values()),
+                    failed={},
+                    errors={},
+                    attempt=compensation.attempt + 1,
+                )
+            case WaiveUndo(reason=reason) if compensation is not None and compensation.failed:
+                self.reason = reason
+                waived = {entry.command_id: reason for entry in compensation.failed.values()}
+                self.compensation = msgspec.structs.replace(
+                    compensation, failed={}, errors={}, waived={**compensation.waived, **waived}
+                )
+            case _:
+                return Decision(
+                    handled=False,
+                    reason=f"{type(message).__name__} does not apply to an instance that is {self.status}",
+                )
+        self.go_on_compensating()
+        return self.decision("")
+
+    # ----------------------------------------------------------------------------------- the end
+
+    def decision(self, handler: str) -> Decision:
+        """Freezes the step."""
+        definition, before = self.definition, self.before
+        if self.status is Status.RUNNING and self.state in definition.final:
+            self.status = Status.COMPLETED
+        if self.status.finished:
+            for name in list(self.armed):
+                self._disarm(name)
+            self.deferred = ()
+        ledger = msgspec.structs.replace(
+            before.ledger,
+            pending=self.pending,
+            undo=tuple(self.undo),
+            deferred=self.deferred,
+            timeouts=self.armed,
+            generation=self.generation,
+            keys=self.keys,
+            sequence=self.sequence,
+            compensation=self.compensation,
+            steps=before.ledger.steps + 1,
+        )
+        size = len(self.data)
+        if size > self.sender.limits.state_bytes_max:
+            raise LimitExceeded(
+                f"{before.type} {before.key!r}: the data has {size} bytes; expected at most "
+                f"{self.sender.limits.state_bytes_max}; keep a reference instead"
+            )
+        after = msgspec.structs.replace(
+            before,
+            version=before.version + 1,
+            status=self.status,
+            state=self.state,
+            schema_version=definition.version,
+            data=self.data,
+            ledger=ledger,
+            updated_at=self.now,
+        )
+        return Decision(
+            handled=True,
+            instance=after,
+            handler=handler,
+            emitted=tuple(self.emitted),
+            timeouts=self.set,
+            cancelled=tuple(self.cancelled),
+            correlated=tuple(self.correlated),
+            reason=self.reason,
+        )
