@@ -5,6 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from sagacity.core.decide import Limits
 from sagacity.core.errors import ConfigurationError
 from sagacity.worker.config import Settings, fields, unknown_variables
 
@@ -133,6 +134,12 @@ def test_retention_is_in_microseconds() -> None:
     assert retention.finished_us == 30 * DAY_US
 
 
+def test_limits_reach_the_core() -> None:
+    limits = Settings(state_bytes_max=100, payload_bytes_max=200, commands_max=3).limits
+    assert (limits.state_bytes_max, limits.payload_bytes_max, limits.commands_max) == (100, 200, 3)
+    assert Settings().limits == Limits()
+
+
 @pytest.mark.parametrize(
     ("text", "address"),
     [
@@ -153,11 +160,12 @@ def test_a_variable_nobody_reads_is_told_with_the_nearest_one() -> None:
     environment = {
         "SAGACITY_BATCHMAX": "1",
         "SAGACITY_BATCH_MAX": "1",
+        "SAGACITY_WORKERS": "2",
         "SAGACITY_BUS_FILE": "x",
         "SAGACITY_TEST_REDIS_URL": "x",
         "PATH": "x",
     }
-    assert unknown_variables(environment) == [
+    assert unknown_variables(environment, others=["SAGACITY_WORKERS"]) == [
         "SAGACITY_BATCHMAX is read by nobody; SAGACITY_BATCH_MAX?"
     ]
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, cast, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta, inspect
 
+from sagacity.core.decide import Limits
 from sagacity.core.errors import ConfigurationError
 from sagacity.ports import Retention
 from sagacity.worker.redaction import redacted
@@ -104,7 +105,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = 256 * 1024
     state_bytes_max: Annotated[
         int, _of("Limits", "Largest data of a saga instance.", ge=64, le=256 * 2**20)
-    ] = 2**20
+    ] = 256 * 1024
+    commands_max: Annotated[
+        int, _of("Limits", "Messages one step of a saga may send.", ge=1, le=10**6)
+    ] = 10_000
+    timeouts_max: Annotated[
+        int, _of("Limits", "Timeouts one saga instance may have set.", ge=1, le=10**6)
+    ] = 1000
+    deferred_max: Annotated[
+        int, _of("Limits", "Early events one saga instance may keep.", ge=1, le=10**6)
+    ] = 1000
+    parked_max: Annotated[
+        int, _of("Limits", "Messages that may wait behind a failed one.", ge=1, le=10**6)
+    ] = 10_000
 
     # --- participants
     concurrency: Annotated[
@@ -255,6 +268,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             history_us=int(self.history_days * _DAY_US),
             finished_us=int(self.finished_days * _DAY_US),
             dead_letters_us=int(self.dead_letters_days * _DAY_US),
+        )
+
+    @property
+    def limits(self) -> Limits:
+        """How large a step and an instance may get, for the core."""
+        return Limits(
+            commands_max=self.commands_max,
+            timeouts_max=self.timeouts_max,
+            deferred_max=self.deferred_max,
+            parked_max=self.parked_max,
+            state_bytes_max=self.state_bytes_max,
+            payload_bytes_max=self.payload_bytes_max,
         )
 
     @property
@@ -432,10 +457,15 @@ def fields() -> tuple[Field, ...]:
     return _fields
 
 
-def unknown_variables(environment: Mapping[str, str] | None = None) -> list[str]:
-    """One line per ``SAGACITY_*`` variable that no setting reads, with the nearest known name."""
+def unknown_variables(
+    environment: Mapping[str, str] | None = None, *, others: Iterable[str] = ()
+) -> list[str]:
+    """One line per ``SAGACITY_*`` variable that no setting reads, with the nearest known name.
+
+    `others` are variables that something else reads.
+    """
     environment = os.environ if environment is None else environment
-    known = {field.variable for field in fields()}
+    known = {field.variable for field in fields()} | set(others)
     known |= {f"{ENVIRONMENT_PREFIX}{name.upper()}_FILE" for name in _FROM_FILES}
     lines: list[str] = []
     for name in sorted(environment):

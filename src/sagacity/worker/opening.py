@@ -161,29 +161,47 @@ async def until_reachable(
     `name` (``store`` or ``bus``) and `where` (a redacted URL) are for the log. Only Unavailable and
     BusUnavailable are waited out, with growing, jittered pauses; other errors are raised.
     """
+    result: T | None = None
+    failure: Exception | None = None
+
+    async def attempts() -> None:
+        nonlocal result, failure
+        try:
+            result = await _attempts(name, where, attempt)
+        except Exception as error:  # noqa: BLE001 - raised below, outside of any exception group
+            failure = error
+        group.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(attempts)
+        await stopping.wait()
+        group.cancel_scope.cancel()  # an attempt may hang for as long as TCP likes
+    if failure is not None:
+        raise failure
+    return result
+
+
+async def _attempts(name: str, where: str, attempt: Callable[[], Awaitable[T]]) -> T:
     wait = _FIRST_WAIT_S
-    attempts = 0
-    while not stopping.is_set():
+    failed = 0
+    while True:
         try:
             result = await attempt()
         except (Unavailable, BusUnavailable) as error:
-            attempts += 1
-            if attempts == 1:
+            failed += 1
+            if failed == 1:
                 log.warning(
                     "Server unreachable, waiting for it",
                     extra={"server": name, "url": where, "error": _first_line(error)},
                 )
-            pause = random.uniform(wait / 2, wait)
+            await anyio.sleep(random.uniform(wait / 2, wait))
             wait = min(2 * wait, _LONGEST_WAIT_S)
-            with anyio.move_on_after(pause):
-                await stopping.wait()
         else:
-            if attempts:
+            if failed:
                 log.info(
-                    "Server reached", extra={"server": name, "url": where, "attempts": attempts + 1}
+                    "Server reached", extra={"server": name, "url": where, "attempts": failed + 1}
                 )
             return result
-    return None
 
 
 def _first_line(error: BaseException) -> str:
