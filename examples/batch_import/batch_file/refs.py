@@ -4,7 +4,7 @@ import sqlite3
 from types import TracebackType
 from typing import Self
 
-CACHE_KIB = 16 * 1024
+CACHE_KIB = 32 * 1024
 """Memory for the pages of the index; what exceeds it goes to an unnamed temporary file."""
 
 
