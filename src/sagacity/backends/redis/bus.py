@@ -1,0 +1,192 @@
+"""The bus over Redis Streams: one stream per topic, consumer groups of Redis."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
+
+import redis.exceptions as failures
+
+from sagacity.backends.redis.checks import unsafe_settings
+from sagacity.backends.redis.connection import Connector, reason_of
+from sagacity.backends.redis.entry import entry_size
+from sagacity.backends.redis.reader import Membership
+from sagacity.backends.redis.subscription import RedisSubscription
+from sagacity.backends.redis.trimming import forget_consumers, trim
+from sagacity.codec import to_fields
+from sagacity.core.delivery import Envelope
+from sagacity.core.errors import BusError
+
+_log = logging.getLogger(__name__)
+
+_FRAME_BYTES = 64 * 1024
+"""What an entry may hold beside its body: ids, names, trace context, foreign fields."""
+
+
+class RedisBus:
+    """Topics as Redis streams named ``{prefix}:{topic}``; see `sagacity.ports.Bus`.
+
+    Args:
+        url: ``redis://``, ``rediss://``, ``unix://``, ``redis+sentinel://`` or ``redis+cluster://``.
+        prefix: What the names of all keys begin with; services that talk to each other share it.
+        payload_bytes_max: Largest body of a message, in bytes.
+        timeout_s: How long a connection or a short command may take.
+        connections_max: Connections for everything but reading; more callers than that wait.
+        protocol: RESP version to speak.
+
+    Raises ConfigurationError for a URL it does not know. Nothing is connected before first use.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        prefix: str = "sagacity",
+        payload_bytes_max: int = 262_144,
+        timeout_s: float = 5.0,
+        connections_max: int = 16,
+        protocol: Literal[2, 3] = 2,
+    ) -> None:
+        self._prefix = prefix
+        self._payload_bytes_max = payload_bytes_max
+        self._connector = Connector(
+            url, timeout_s=timeout_s, connections_max=connections_max, protocol=protocol
+        )
+        self._client = self._connector.shared()
+        self._subscriptions: list[RedisSubscription] = []
+
+    def __repr__(self) -> str:
+        return f"RedisBus({self._connector.name!r}, prefix={self._prefix!r})"
+
+    def key(self, topic: str) -> str:
+        """The name of a topic's stream."""
+        return f"{self._prefix}:{topic}"
+
+    # --- Bus ------------------------------------------------------------------------------------
+
+    async def publish(self, envelopes: Sequence[Envelope]) -> None:
+        """Appends each envelope to its topic, in order; see `Bus.publish`.
+
+        One MULTI for all, in a cluster one for each topic: Redis then takes all entries of a topic
+        or none, also where its memory ends half-way (protocol.md M17). Raises BusError, before
+        anything is sent, for a message that is too large.
+        """
+        entries: defaultdict[str, list[dict[str, bytes | str]]] = defaultdict(list)
+        for envelope in envelopes:
+            entries[self.key(envelope.topic)].append(self._entry(envelope))
+        if not entries:
+            return
+        parts = (
+            [{key: some} for key, some in entries.items()] if self._connector.cluster else [entries]
+        )
+        for part in parts:
+            with self._connector.errors("publish"):
+                await self._append(part)
+
+    def _entry(self, envelope: Envelope) -> dict[str, bytes | str]:
+        size = len(envelope.body)
+        fields = to_fields(envelope)
+        if size > self._payload_bytes_max or entry_size(fields) > self._entry_bytes_max:
+            raise BusError(
+                f"message {envelope.id} of type {envelope.type} for topic {envelope.topic} has a body "
+                f"of {size} bytes ({entry_size(fields)} with its headers); expected at most "
+                f"{self._payload_bytes_max}; send a reference to large data, or raise "
+                "payload_bytes_max on every worker"
+            )
+        return fields
+
+    async def _append(self, entries: dict[str, list[dict[str, bytes | str]]]) -> None:
+        async with self._client.pipeline(transaction=True) as pipeline:
+            for key, some in entries.items():
+                for fields in some:
+                    flat = [part for pair in fields.items() for part in pair]
+                    pipeline.execute_command("XADD", key, "*", *flat)
+            replies = await pipeline.execute(raise_on_error=False)
+        for reply in replies:
+            if isinstance(reply, failures.RedisError):
+                raise reply
+
+    async def join(self, group: str, consumer: str, topics: Collection[str]) -> RedisSubscription:
+        """Makes the group where it is missing, and joins it; see `Bus.join`."""
+        membership = Membership(
+            group=group,
+            consumer=consumer,
+            keys={topic: self.key(topic) for topic in dict.fromkeys(topics)},
+            entry_bytes_max=self._entry_bytes_max,
+        )
+        with self._connector.errors("join a consumer group"):
+            await membership.found(self._client, membership.keys)
+        subscription = RedisSubscription(self._connector, self._client, membership)
+        self._subscriptions.append(subscription)
+        return subscription
+
+    async def check(self) -> list[str]:
+        """Reaches the server; returns one line per unsafe setting found."""
+        with self._connector.errors("answer"):
+            return await unsafe_settings(self._client, self._connector)
+
+    async def close(self) -> None:
+        """Closes the subscriptions that are still open, then all connections."""
+        while self._subscriptions:
+            await self._subscriptions.pop().close()
+        await self._client.aclose()
+
+    # --- for the janitor ------------------------------------------------------------------------
+
+    async def trim(self, topics: Collection[str], retention_us: int) -> int:
+        """Removes entries older than `retention_us` that every group has acknowledged.
+
+        A topic that no group has joined is left alone. Returns how many entries went.
+        """
+        with self._connector.errors("trim"):
+            return sum(
+                [await trim(self._client, self.key(topic), retention_us) for topic in topics]
+            )
+
+    async def forget_consumers(self, group: str, topics: Collection[str], idle_us: int) -> int:
+        """Removes consumers that were idle for `idle_us` and have nothing pending."""
+        with self._connector.errors("forget consumers"):
+            return sum(
+                [
+                    await forget_consumers(self._client, self.key(topic), group, idle_us)
+                    for topic in topics
+                ]
+            )
+
+    # --- for the loss check (worker/recovery.py) --------------------------------------------------
+
+    async def epoch(self) -> str | None:
+        """The random value that says that this is the Redis of before; None where it is gone."""
+        with self._connector.errors("read the epoch"):
+            value = await self._client.execute_command("GET", self._epoch_key)
+        return value.decode() if value is not None else None
+
+    async def set_epoch(self, value: str) -> None:
+        """Writes the epoch."""
+        with self._connector.errors("write the epoch"):
+            await self._client.execute_command("SET", self._epoch_key, value)
+
+    async def last_entry_id(self, topic: str) -> str | None:
+        """The highest entry id a topic has given out; None where the topic does not exist."""
+        try:
+            info: dict[str, Any] = await self._client.execute_command(
+                "XINFO STREAM", self.key(topic)
+            )
+        except failures.ResponseError as error:
+            if reason_of(error).lower().endswith("no such key"):
+                return None
+            raise self._connector.error(error, "read a stream's position") from error
+        except (failures.RedisError, OSError) as error:
+            raise self._connector.error(error, "read a stream's position") from error
+        last: bytes | str = info["last-generated-id"]
+        return last.decode() if isinstance(last, bytes) else last
+
+    @property
+    def _epoch_key(self) -> str:
+        return f"{self._prefix}::epoch"  # no topic has an empty name
+
+    @property
+    def _entry_bytes_max(self) -> int:
+        return self._payload_bytes_max + _FRAME_BYTES

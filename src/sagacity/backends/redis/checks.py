@@ -1,0 +1,49 @@
+"""Settings of a Redis server under which messages can be lost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sagacity.backends.redis.connection import Client, Connector
+
+VERSION_MIN = (6, 2)
+
+
+async def unsafe_settings(client: Client, connector: Connector) -> list[str]:
+    """One line for each unsafe setting: what, where, expected, got, what to do."""
+    info = await client.execute_command(
+        "INFO", **({"target_nodes": "primaries"} if connector.cluster else {})
+    )
+    servers: dict[str, dict[str, Any]] = (
+        {f"{connector.name} ({node})": facts for node, facts in info.items()}
+        if connector.cluster and "redis_version" not in info
+        else {connector.name: info}
+    )
+    return [line for name, facts in servers.items() for line in _lines(name, facts)]
+
+
+def _lines(name: str, facts: dict[str, Any]) -> list[str]:
+    lines: list[str] = []
+    version = str(facts.get("redis_version", "0"))
+    if _version(version) < VERSION_MIN:
+        lines.append(
+            f"Redis at {name} is version {version}; expected {'.'.join(map(str, VERSION_MIN))} or newer "
+            "(XAUTOCLAIM); upgrade the server"
+        )
+    policy = facts.get("maxmemory_policy", "noeviction")
+    if policy != "noeviction":
+        lines.append(
+            f"Redis at {name} has maxmemory-policy {policy}; expected noeviction, otherwise it deletes "
+            "streams with unread messages when memory ends; set maxmemory-policy noeviction"
+        )
+    if not int(facts.get("aof_enabled", 0)):
+        lines.append(
+            f"Redis at {name} has appendonly no; expected yes, otherwise a restart loses messages "
+            "that others published (ours are published again); set appendonly yes"
+        )
+    return lines
+
+
+def _version(text: str) -> tuple[int, int]:
+    parts = [int(part) if part.isdigit() else 0 for part in (*text.split("."), "0", "0")[:2]]
+    return parts[0], parts[1]

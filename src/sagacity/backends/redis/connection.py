@@ -1,0 +1,259 @@
+"""Connections to Redis: one server, TLS, a unix socket, Sentinel or Cluster, chosen by the URL.
+
+The client never retries on its own: a retried XADD is a second entry, and a retried XREADGROUP
+leaves what the first one was given to a consumer that has forgotten it (libraries.md 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol, cast
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+
+import redis.exceptions as failures
+from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
+from redis.asyncio.cluster import RedisCluster
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+
+from sagacity.core.errors import BusError, BusUnavailable, ConfigurationError
+
+_PLAIN = ("redis", "rediss", "unix")
+_SENTINEL = ("redis+sentinel", "rediss+sentinel")
+_CLUSTER = ("redis+cluster", "rediss+cluster")
+SCHEMES = (*_PLAIN, *_SENTINEL, *_CLUSTER)
+
+_SECRET_OPTIONS = frozenset({"password", "username", "ssl_password"})
+
+_TRANSIENT = (
+    failures.ConnectionError,
+    failures.TimeoutError,
+    failures.ReadOnlyError,
+    failures.OutOfMemoryError,
+    failures.ClusterDownError,
+    failures.TryAgainError,
+    failures.AskError,
+    failures.SlotNotCoveredError,
+    OSError,
+)
+_TRANSIENT_WORDS = (
+    "OOM ",
+    "LOADING",
+    "READONLY",
+    "MASTERDOWN",
+    "CLUSTERDOWN",
+    "TRYAGAIN",
+    "NOREPLICAS",
+    "MISCONF",
+    "BUSY ",
+    "UNBLOCKED",
+    "NOGROUP",
+)
+"""First words of replies that mean: not now."""
+
+
+class Client(Protocol):
+    """The few calls of redis-py's clients that are used here, whichever kind it is."""
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        """Sends one command and returns its parsed reply."""
+        ...
+
+    def pipeline(self, transaction: bool = ...) -> Any:
+        """A pipeline; with `transaction` in MULTI and EXEC."""
+        ...
+
+    async def aclose(self) -> None:
+        """Ends the client."""
+        ...
+
+
+def redacted(url: str) -> str:
+    """`url` without user name, password and secret options, for logs and errors."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "(not a URL)"
+    user, at, place = parts.netloc.rpartition("@")
+    query = urlencode(
+        [
+            (name, "***" if name in _SECRET_OPTIONS else value)
+            for name, value in parse_qsl(parts.query)
+        ],
+        safe="*/",
+    )
+    netloc = f"***@{place}" if user or at else place
+    return urlunsplit((parts.scheme, netloc, parts.path, query, ""))
+
+
+class Connector:
+    """Makes clients for one URL.
+
+    ``redis://``, ``rediss://`` and ``unix://`` are redis-py's own. ``redis+sentinel://host:26379,
+    host2:26379/service/0`` asks Sentinel for the master. ``redis+cluster://host:7000`` learns the
+    other nodes from the named one. The ``rediss+`` forms use TLS. Raises ConfigurationError for
+    anything else.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float,
+        connections_max: int,
+        protocol: Literal[2, 3],
+    ) -> None:
+        self.name = redacted(url)
+        self._url = url
+        self._parts = urlsplit(url)
+        self._timeout_s = timeout_s
+        self._connections_max = connections_max
+        self._protocol = protocol
+        if self._parts.scheme not in SCHEMES:
+            raise ConfigurationError(
+                f"bus URL {self.name}: expected one of {', '.join(f'{s}://' for s in SCHEMES)}, "
+                f"got {self._parts.scheme or 'no scheme'!r}"
+            )
+        self.cluster = self._parts.scheme in _CLUSTER
+        """True where each stream may live on another node."""
+
+    def shared(self) -> Client:
+        """A client for short commands from many tasks; waits for a free connection."""
+        return self._client(self._timeout_s, self._connections_max)
+
+    def dedicated(self, block_ms: int) -> Client:
+        """A client with one connection of its own, whose commands may block for `block_ms`."""
+        return self._client(self._timeout_s + block_ms / 1000, 1)
+
+    def _client(self, read_timeout_s: float, connections: int) -> Client:
+        scheme = self._parts.scheme
+        options: dict[str, Any] = {
+            "decode_responses": False,
+            "protocol": self._protocol,
+            "retry": Retry(NoBackoff(), 0),
+            "socket_timeout": read_timeout_s,
+        }
+        if scheme != "unix":
+            options["socket_connect_timeout"] = self._timeout_s
+            options["socket_keepalive"] = True
+        try:
+            if scheme in _CLUSTER:
+                return self._cluster(options)
+            if scheme in _SENTINEL:
+                return self._sentinel(options)
+            pool = (
+                ConnectionPool.from_url(self._url, max_connections=1, **options)
+                if connections == 1
+                else BlockingConnectionPool.from_url(
+                    self._url, max_connections=connections, timeout=self._timeout_s, **options
+                )
+            )
+            # from_pool: closing the client closes the pool.
+            return cast("Client", Redis.from_pool(pool))
+        except (ValueError, TypeError) as error:
+            raise ConfigurationError(f"bus URL {self.name}: {_one_line(str(error))}") from error
+
+    def _sentinel(self, options: dict[str, Any]) -> Client:
+        parts = self._parts
+        _, _, places = parts.netloc.rpartition("@")
+        service, _, database = parts.path.strip("/").partition("/")
+        if not service:
+            raise ConfigurationError(
+                f"bus URL {self.name}: expected the service name as path, such as "
+                "redis+sentinel://host:26379/mymaster/0"
+            )
+        hosts = []
+        for place in places.split(","):
+            host, _, port = place.rpartition(":") if ":" in place else (place, "", "26379")
+            hosts.append((host.strip("[]"), int(port)))
+        extra: dict[str, Any] = dict(parse_qsl(parts.query))
+        sentinel_options = {
+            "socket_timeout": self._timeout_s,
+            "socket_connect_timeout": self._timeout_s,
+            "retry": Retry(NoBackoff(), 0),
+            **{
+                name.removeprefix("sentinel_"): extra.pop(name)
+                for name in list(extra)
+                if name.startswith("sentinel_")
+            },
+        }
+        if parts.scheme == "rediss+sentinel":
+            options["ssl"] = True
+        sentinel: Any = cast("Any", Sentinel)(hosts, sentinel_kwargs=sentinel_options)
+        return cast(
+            "Client",
+            sentinel.master_for(
+                service,
+                username=_user(parts.username),
+                password=_user(parts.password),
+                db=int(database or 0),
+                **extra,
+                **options,
+            ),
+        )
+
+    def _cluster(self, options: dict[str, Any]) -> Client:
+        parts = self._parts
+        plain = urlunsplit(
+            (parts.scheme.removesuffix("+cluster"), parts.netloc, "", parts.query, "")
+        )
+        return cast("Client", RedisCluster.from_url(plain, **options))
+
+    # --- errors ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def errors(self, what: str) -> Generator[None]:
+        """Turns what redis-py raises into BusUnavailable or BusError, in one line, no secrets."""
+        try:
+            yield
+        except (failures.RedisError, OSError) as error:
+            raise self.error(error, what) from error
+
+    def error(self, error: BaseException, what: str) -> BusError:
+        """The error of ours for one of redis-py's."""
+        reason = reason_of(error)
+        if isinstance(error, (failures.AuthenticationError, failures.NoPermissionError)):
+            return BusError(
+                f"Redis at {self.name} refused to {what}: {reason}; expected a user who may; check the "
+                "user name, the password and the ACL"
+            )
+        if isinstance(error, _TRANSIENT) or reason.startswith(_TRANSIENT_WORDS):
+            return BusUnavailable(
+                f"Redis at {self.name} is not available to {what}: {reason}; it is tried again, "
+                "otherwise check the server and the URL"
+            )
+        return BusError(f"Redis at {self.name} refused to {what}: {reason}")
+
+
+def reason_of(error: BaseException) -> str:
+    """The text of an error of redis-py in one line, without the command that led to it.
+
+    Pipelines prefix "Command # 1 (XADD ...) of pipeline caused error: ", which holds payload.
+    """
+    text = _one_line(str(error)) or type(error).__name__
+    _, found, reason = text.rpartition("of pipeline caused error: ")
+    return reason if found else text
+
+
+def missing_group(error: BaseException) -> bool:
+    """True where the stream or the group has gone: flushed, deleted, or lost with its server."""
+    return isinstance(error, failures.ResponseError) and reason_of(error).startswith(
+        ("NOGROUP", "UNBLOCKED")
+    )
+
+
+async def disconnect(client: Client) -> None:
+    """Drops the connections of a client, so that the next command finds the server of now."""
+    pool = getattr(client, "connection_pool", None)
+    if pool is not None:
+        await pool.disconnect()
+
+
+def _user(value: str | None) -> str | None:
+    return unquote(value) if value else None
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))

@@ -1,0 +1,39 @@
+"""The Redis bus keeps the promises of a bus, over both protocols of Redis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import pytest
+from redis.asyncio import Redis
+
+from sagacity.backends.redis import RedisBus
+from sagacity.testing.conformance.bus import BusConformance
+
+pytestmark = pytest.mark.asyncio
+
+
+class Server:
+    payload_bytes_max = 10_000
+
+    def __init__(self, url: str, protocol: Literal[2, 3]) -> None:
+        self.url, self.protocol = url, protocol
+
+    def connect(self) -> RedisBus:
+        return RedisBus(self.url, payload_bytes_max=self.payload_bytes_max, protocol=self.protocol)
+
+    async def put_fields(self, topic: str, fields: Mapping[bytes, bytes]) -> None:
+        async with Redis.from_url(self.url) as client:
+            flat = [part for pair in fields.items() for part in pair]
+            await client.execute_command("XADD", f"sagacity:{topic}", "*", *flat)
+
+    async def delete(self, topic: str, entry_id: str) -> None:
+        async with Redis.from_url(self.url) as client:
+            assert await client.xdel(f"sagacity:{topic}", entry_id) == 1
+
+
+class TestRedisBus(BusConformance):
+    @pytest.fixture(params=[2, 3], ids=["resp2", "resp3"])
+    def server(self, redis_url: str, request: pytest.FixtureRequest) -> Server:
+        return Server(redis_url, request.param)
