@@ -7,7 +7,7 @@ without understanding it; only a store can make it true, and nothing leaves befo
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 
 import msgspec
@@ -23,7 +23,7 @@ from sagacity.core.decide import (
 )
 from sagacity.core.definition import Definition
 from sagacity.core.delivery import Envelope, encode_entry, spread
-from sagacity.core.errors import DecodeError
+from sagacity.core.errors import DecodeError, KeyTaken
 from sagacity.core.instance import Instance
 from sagacity.core.messages import Message
 
@@ -252,8 +252,6 @@ class Plan(msgspec.Struct, kw_only=True):
         )
 
 
-
-
 # ------------------------------------------------------------------------------------- plan_batch
 
 Decode = Callable[[Envelope], Message]
@@ -275,7 +273,11 @@ class Retry(msgspec.Struct, frozen=True):
         Each gap is drawn from between the previous bound and the next, which doubles up to the cap:
         gaps always grow, and messages that failed together spread over half the time to the next.
         """
-        low = min(self.cap_us // 2, self.base_us << min(attempts - 1, 40)) if attempts > 1 else self.base_us // 2
+        low = (
+            min(self.cap_us // 2, self.base_us << min(attempts - 1, 40))
+            if attempts > 1
+            else self.base_us // 2
+        )
         return now + low + int(low * spread(*key, str(attempts)))
 
 
@@ -322,7 +324,9 @@ def route(catalog: Catalog, envelope: Envelope, only: str = "") -> list[Routed]:
                 for value in keys:
                     name = event_route.key_name
                     found.append(
-                        Routed(definition, (), (name, value), event_route.missing, f"{name}={value}")
+                        Routed(
+                            definition, (), (name, value), event_route.missing, f"{name}={value}"
+                        )
                     )
             elif keys:
                 waits_for = f"{definition.key_field}={keys[0]}"
@@ -371,7 +375,12 @@ def timeout_arrival(
 ) -> Arrival:
     """The arrival of a due timeout at its instance."""
     envelope = timeout_envelope(
-        uid=uid, name=name, generation=generation, due_at=due_at, saga_type=saga_type, saga_key=saga_key
+        uid=uid,
+        name=name,
+        generation=generation,
+        due_at=due_at,
+        saga_type=saga_type,
+        saga_key=saga_key,
     )
     return Arrival(
         envelope=envelope,
@@ -388,13 +397,19 @@ def plan_batch(
     loaded: Loaded,
     known: Known,
     now: int,
+    *,
+    refused: Mapping[str, str] | None = None,
+    taken: Mapping[tuple[str, str, str], str] | None = None,
 ) -> tuple[Plan, list[Outcome]]:
     """What one transaction must write for these arrivals, and what became of each.
+
+    `refused` maps ids of messages whose effects the database refused to the reason: they fail.
+    `taken` maps unique correlation keys (saga type, name, value) to the instance that has them.
 
     `loaded` and `known` were read under the locks of that transaction. A message whose handler
     raises loses only its own effects. Nothing is raised for a bad message.
     """
-    batch = _Batch(catalog, loaded, known, now)
+    batch = _Batch(catalog, loaded, known, now, refused or {}, taken or {})
     outcomes = batch.fold(arrivals)
     return batch.finish(), outcomes
 
@@ -402,8 +417,17 @@ def plan_batch(
 class _Batch:
     """The fold: instances as they stand after each arrival, and the rows so far."""
 
-    def __init__(self, catalog: Catalog, loaded: Loaded, known: Known, now: int) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        loaded: Loaded,
+        known: Known,
+        now: int,
+        refused: Mapping[str, str],
+        taken: Mapping[tuple[str, str, str], str],
+    ) -> None:
         self.catalog, self.loaded, self.known, self.now = catalog, loaded, known, now
+        self.refused, self.claims = refused, dict(taken)
         self.plan = Plan(now=now)
         self.instances = dict(loaded.instances)
         self.changed: set[tuple[str, str]] = set()
@@ -476,12 +500,16 @@ class _Batch:
 
     # ------------------------------------------------------------------------------------ outcomes
 
-    def handle(self, arrival: Arrival, place: tuple[str, str], instance: Instance | None) -> Outcome:
+    def handle(
+        self, arrival: Arrival, place: tuple[str, str], instance: Instance | None
+    ) -> Outcome:
         definition = self.catalog.definitions[arrival.saga_type]
         try:
             message = self.catalog.decode(arrival.envelope)
         except DecodeError as error:
             return self.dead(arrival, instance, "mistyped", str(error))
+        if arrival.envelope.id in self.refused:
+            return self.failed(arrival, instance, self.refused[arrival.envelope.id])
         try:
             decision = decide(
                 definition,
@@ -492,6 +520,7 @@ class _Batch:
                 self.catalog.sender,
                 key=arrival.saga_key,
             )
+            self.claim(place, decision)
         except Exception as error:
             return self.failed(arrival, instance, _traceback(error))
         if decision.missing:
@@ -505,6 +534,17 @@ class _Batch:
         self.replay_deferred(definition, place)
         return Outcome.HANDLED
 
+    def claim(self, arrival: Arrival, decision: Decision) -> None:
+        """Unique keys belong to one instance; raises KeyTaken for the second."""
+        claims = [
+            (arrival.saga_type, key.name, key.value) for key in decision.correlated if key.unique
+        ]
+        for claim in claims:
+            owner = self.claims.get(claim, arrival.saga_key)
+            if owner != arrival.saga_key:
+                raise KeyTaken(*claim, owner)
+        self.claims.update(dict.fromkeys(claims, arrival.saga_key))
+
     def apply(self, envelope: Envelope, before: Instance | None, decision: Decision) -> None:
         """Adds the rows of one decision."""
         after = decision.instance
@@ -512,7 +552,11 @@ class _Batch:
         # `unblock` may have shortened the queue of a copy that is already noted.
         place = (after.type, after.key)
         noted = self.instances.get(place)
-        if noted is not None and noted.uid == after.uid and noted.ledger.parked != after.ledger.parked:
+        if (
+            noted is not None
+            and noted.uid == after.uid
+            and noted.ledger.parked != after.ledger.parked
+        ):
             after = _with_parked(after, noted.ledger.parked)
         plan, uid = self.plan, after.uid
         if after.status.finished and after.ledger.parked:
@@ -556,7 +600,9 @@ class _Batch:
             envelope, rest = taken
             try:
                 message = self.catalog.decode(envelope)
-                decision = decide(definition, rest, envelope, message, self.now, self.catalog.sender)
+                decision = decide(
+                    definition, rest, envelope, message, self.now, self.catalog.sender
+                )
             except Exception as error:
                 # It left the instance; from here on it is a message that failed once.
                 arrival = Arrival(
@@ -630,7 +676,13 @@ class _Batch:
         )
 
     def dead(
-        self, arrival: Arrival, instance: Instance | None, reason: str, error: str, *, attempts: int = 0
+        self,
+        arrival: Arrival,
+        instance: Instance | None,
+        reason: str,
+        error: str,
+        *,
+        attempts: int = 0,
     ) -> Outcome:
         """Nobody will try it again, unless an operator does; what waits behind it goes on."""
         self.plan.dead_letters.append(
