@@ -14,7 +14,10 @@ from urllib.parse import quote
 
 import aiosmtplib
 
-_LINK = re.compile(r"https?://\S+")
+_LINK = re.compile(r"^(https?://\S+)\r?$", re.MULTILINE)  # a line of its own, unlike one in a name
+# RFC 5322 dot-atoms on both sides, and RFC 6531's letters beyond ASCII.
+_ATOM: Final = r"(?:[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]|[^\x00-\x7f])+"
+_ADDRESS = re.compile(rf"({_ATOM}(?:\.{_ATOM})*)@({_ATOM}(?:\.{_ATOM})*)")
 _TEXT: Final = """\
 Hello {name},
 
@@ -65,10 +68,7 @@ def compose(
     """
     shown = " ".join(name.split())
     message = EmailMessage(policy=SMTP)
-    try:
-        message["To"] = Address(display_name=shown, addr_spec=to)
-    except (ValueError, IndexError) as error:  # HeaderParseError is a ValueError
-        raise MailRefused(f"{to!r} cannot be put into a header: {error}") from error
+    message["To"] = _address(shown, to)
     message["From"] = sender
     message["Subject"] = "Please confirm your address"
     message["Date"] = format_datetime(date)
@@ -76,6 +76,14 @@ def compose(
     message["Auto-Submitted"] = "auto-generated"
     message.set_content(_TEXT.format(name=shown or "there", link=confirm_link(confirm_url, token)))
     return message
+
+
+def _address(name: str, spec: str) -> Address:
+    parts = _ADDRESS.fullmatch(spec)
+    if parts is None or not spec.isprintable():
+        raise MailRefused(f"{spec!r} cannot be put into a header; expected dot-atoms around one @")
+    # Not addr_spec=: it refuses the local parts beyond ASCII that SMTPUTF8 carries.
+    return Address(display_name=name, username=parts[1], domain=parts[2])
 
 
 def link_in(raw: bytes | str) -> str:
@@ -86,7 +94,7 @@ def link_in(raw: bytes | str) -> str:
     found = _LINK.search(str(message.get_content()))
     if found is None:
         raise ValueError(f"mail {message['Message-ID']} holds no link; expected the opt-in mail")
-    return found.group()
+    return found[1]
 
 
 async def send(message: EmailMessage, *, host: str, port: int, timeout: float = 30.0) -> None:
