@@ -7,6 +7,7 @@ import pytest
 
 from sagacity.core.decide import Limits
 from sagacity.core.errors import ConfigurationError
+from sagacity.core.plan import Retry
 from sagacity.worker.config import Settings, fields, unknown_variables
 
 DAY_US = 86_400_000_000
@@ -138,6 +139,8 @@ def test_limits_reach_the_core() -> None:
     limits = Settings(state_bytes_max=100, payload_bytes_max=200, commands_max=3).limits
     assert (limits.state_bytes_max, limits.payload_bytes_max, limits.commands_max) == (100, 200, 3)
     assert Settings().limits == Limits()
+    assert Settings(missing_window_s=0.5).retry.missing_us == 500_000
+    assert Settings().retry == Retry()
 
 
 @pytest.mark.parametrize(

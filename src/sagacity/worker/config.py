@@ -18,6 +18,7 @@ from msgspec import Meta, inspect
 
 from sagacity.core.decide import Limits
 from sagacity.core.errors import ConfigurationError
+from sagacity.core.plan import Retry
 from sagacity.ports import Retention
 from sagacity.worker.redaction import redacted
 
@@ -102,22 +103,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # --- limits
     payload_bytes_max: Annotated[
         int, _of("Limits", "Largest body of a message.", ge=64, le=64 * 2**20)
-    ] = 256 * 1024
+    ] = Limits().payload_bytes_max
     state_bytes_max: Annotated[
         int, _of("Limits", "Largest data of a saga instance.", ge=64, le=256 * 2**20)
-    ] = 256 * 1024
+    ] = Limits().state_bytes_max
     commands_max: Annotated[
         int, _of("Limits", "Messages one step of a saga may send.", ge=1, le=10**6)
-    ] = 10_000
+    ] = Limits().commands_max
     timeouts_max: Annotated[
         int, _of("Limits", "Timeouts one saga instance may have set.", ge=1, le=10**6)
-    ] = 1000
+    ] = Limits().timeouts_max
     deferred_max: Annotated[
         int, _of("Limits", "Early events one saga instance may keep.", ge=1, le=10**6)
-    ] = 1000
+    ] = Limits().deferred_max
     parked_max: Annotated[
         int, _of("Limits", "Messages that may wait behind a failed one.", ge=1, le=10**6)
-    ] = 10_000
+    ] = Limits().parked_max
 
     # --- participants
     concurrency: Annotated[
@@ -152,19 +153,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # --- retries
     attempts_max: Annotated[
         int, _of("Retries", "Attempts before a message is a dead letter.", ge=1, le=1000)
-    ] = 12
+    ] = Retry().attempts_max
     backoff_base_ms: Annotated[
         int,
         _of(
             "Retries",
-            "Longest wait before the second attempt; doubles with each one (full jitter).",
+            "Longest wait before the second attempt; doubles with each attempt, with jitter.",
             ge=1,
             le=3_600_000,
         ),
-    ] = 500
+    ] = Retry().base_us // 1000
     backoff_cap_s: Annotated[
         float, _of("Retries", "Longest wait before any attempt.", ge=0.01, le=86_400)
-    ] = 300.0
+    ] = Retry().cap_us / 1_000_000
     missing_window_s: Annotated[
         float,
         _of(
@@ -173,7 +174,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             ge=0,
             le=30 * 86_400,
         ),
-    ] = 60.0
+    ] = Retry().missing_us / 1_000_000
 
     # --- clockwork
     sweep_interval_ms: Annotated[
@@ -234,11 +235,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = 30.0
     health: Annotated[
         str,
-        _of("Process", "HOST:PORT or PORT to answer /healthz and /readyz on; off where empty."),
+        _of(
+            "Process",
+            "Where to answer /healthz and /readyz; off where empty, and 127.0.0.1 without a host.",
+        ),
     ] = ""
-    log_format: Annotated[Literal["human", "json"], _of("Process", "How log lines look.")] = "human"
+    log_format: Annotated[
+        Literal["human", "json"], _of("Process", "How log lines look: human or json.")
+    ] = "human"
     log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], _of("Process", "Least level logged.")
+        Literal["debug", "info", "warning", "error"],
+        _of("Process", "Least level logged: debug, info, warning or error."),
     ] = "info"
 
     def __post_init__(self) -> None:
@@ -268,6 +275,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             history_us=int(self.history_days * _DAY_US),
             finished_us=int(self.finished_days * _DAY_US),
             dead_letters_us=int(self.dead_letters_days * _DAY_US),
+        )
+
+    @property
+    def retry(self) -> Retry:
+        """When failed messages are tried again, for the core."""
+        return Retry(
+            attempts_max=self.attempts_max,
+            base_us=self.backoff_base_ms * 1000,
+            cap_us=int(self.backoff_cap_s * 1_000_000),
+            missing_us=int(self.missing_window_s * 1_000_000),
         )
 
     @property
@@ -407,7 +424,7 @@ class Field(msgspec.Struct, frozen=True):
         if isinstance(value, dict):
             pairs = cast("dict[str, int]", value)
             return ",".join(f"{name}={number}" for name, number in pairs.items())
-        return str(value)
+        return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
     def parse(self, text: str, where: str) -> Any:
         """The value written as `text`; raises ConfigurationError naming `where`."""

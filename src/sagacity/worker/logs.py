@@ -71,15 +71,19 @@ def attributes_of(record: logging.LogRecord) -> dict[str, object]:
 class HumanFormatter(logging.Formatter):
     """One line per record, with the traceback below it; times in UTC."""
 
-    def __init__(self, *, secrets: tuple[str, ...] = (), colour: bool = False) -> None:
+    def __init__(
+        self, *, secrets: tuple[str, ...] = (), colour: bool = False, pid: bool = False
+    ) -> None:
         super().__init__()
         self._secrets = secrets
         self._colour = colour
+        self._pid = pid
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as text."""
         text = escaped(record.getMessage(), STATEMENT_CHARACTERS_MAX)
-        line = f"{_time(record, ' ', 3)} {record.levelname:<7} {record.name}  "
+        line = f"{_time(record, ' ', 3)} {record.levelname:<7} "
+        line += f"{record.name}[{record.process}]  " if self._pid else f"{record.name}  "
         line += statement(text, attributes_of(record))
         error = _error_text(record)
         if error:
@@ -136,10 +140,12 @@ def configure(
     level: str = "info",
     secrets: tuple[str, ...] = (),
     stream: TextIO | None = None,
+    pid: bool = False,
 ) -> None:
     """Sends all log records of this process to `stream` (default: stderr). For programs only.
 
     `level` is the least level logged; `secrets` are replaced by ``***`` wherever they turn up.
+    `pid` names the process in each line, for several that write to one terminal; JSON always does.
     """
     out: TextIO = sys.stderr if stream is None else stream
     formatter: logging.Formatter
@@ -147,7 +153,7 @@ def configure(
         formatter = JsonFormatter(secrets=secrets)
     else:
         colour = out.isatty() and not os.environ.get("NO_COLOR")
-        formatter = HumanFormatter(secrets=secrets, colour=colour)
+        formatter = HumanFormatter(secrets=secrets, colour=colour, pid=pid)
     handler = logging.StreamHandler(out)
     handler.setFormatter(formatter)
     number = logging.getLevelNamesMapping()[level.upper()]

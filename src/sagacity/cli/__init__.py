@@ -1,0 +1,1 @@
+"""The two commands: `saga-worker` runs a service, `saga` is what an operator types."""
