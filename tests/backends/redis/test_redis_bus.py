@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from redis.asyncio import Redis
@@ -24,9 +24,9 @@ class Server:
         return RedisBus(self.url, payload_bytes_max=self.payload_bytes_max, protocol=self.protocol)
 
     async def put_fields(self, topic: str, fields: Mapping[bytes, bytes]) -> None:
+        entry: dict[Any, Any] = dict(fields)
         async with Redis.from_url(self.url) as client:
-            flat = [part for pair in fields.items() for part in pair]
-            await client.execute_command("XADD", f"sagacity:{topic}", "*", *flat)
+            await client.xadd(f"sagacity:{topic}", entry)
 
     async def delete(self, topic: str, entry_id: str) -> None:
         async with Redis.from_url(self.url) as client:

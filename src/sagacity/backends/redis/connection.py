@@ -6,6 +6,7 @@ leaves what the first one was given to a consumer that has forgotten it (librari
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol, cast
@@ -27,6 +28,11 @@ SCHEMES = (*_PLAIN, *_SENTINEL, *_CLUSTER)
 
 _SECRET_OPTIONS = frozenset({"password", "username", "ssl_password"})
 
+_FORBIDDEN = (
+    failures.AuthenticationError,
+    failures.AuthorizationError,
+    failures.NoPermissionError,
+)
 _TRANSIENT = (
     failures.ConnectionError,
     failures.TimeoutError,
@@ -85,7 +91,7 @@ def redacted(url: str) -> str:
         safe="*/",
     )
     netloc = f"***@{place}" if user or at else place
-    return urlunsplit((parts.scheme, netloc, parts.path, query, ""))
+    return f"{parts.scheme}://{netloc}{parts.path}{'?' if query else ''}{query}"
 
 
 class Connector:
@@ -214,7 +220,8 @@ class Connector:
     def error(self, error: BaseException, what: str) -> BusError:
         """The error of ours for one of redis-py's."""
         reason = reason_of(error)
-        if isinstance(error, (failures.AuthenticationError, failures.NoPermissionError)):
+        # redis-py says ConnectionError for a connection that was refused for its password.
+        if isinstance(error, _FORBIDDEN) or isinstance(error.__cause__, _FORBIDDEN):
             return BusError(
                 f"Redis at {self.name} refused to {what}: {reason}; expected a user who may; check the "
                 "user name, the password and the ACL"
@@ -230,11 +237,15 @@ class Connector:
 def reason_of(error: BaseException) -> str:
     """The text of an error of redis-py in one line, without the command that led to it.
 
-    Pipelines prefix "Command # 1 (XADD ...) of pipeline caused error: ", which holds payload.
+    Pipelines say "Command # 1 (XADD ...) of pipeline caused error: ('...',)", which holds payload.
     """
-    text = _one_line(str(error)) or type(error).__name__
+    text = str(error)
     _, found, reason = text.rpartition("of pipeline caused error: ")
-    return reason if found else text
+    if found:
+        text = " ".join(re.findall(r"""["'](.+)["']""", reason)) or reason
+    if isinstance(error, failures.OutOfMemoryError):
+        text = f"OOM {text}"  # redis-py leaves the first word out
+    return _one_line(text) or type(error).__name__
 
 
 def missing_group(error: BaseException) -> bool:

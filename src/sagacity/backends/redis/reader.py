@@ -80,8 +80,8 @@ class Reader:
         """Topic -> last own pending entry that was read again; empty once all of them were."""
         self._busy = 1
         """How many streams had entries in the last reply: COUNT is per stream, a limit is not."""
-        self._entry_bytes = 0.0
-        """Moving estimate of an entry's size."""
+        self._entry_bytes = membership.entry_bytes_max / 4
+        """Moving estimate of an entry's size; careful before the first entries came."""
         self._down = False
         self._client_id: int | None = None
 
