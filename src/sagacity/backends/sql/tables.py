@@ -23,6 +23,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    literal_column,
     text,
 )
 from sqlalchemy.types import TypeEngine
@@ -183,23 +184,23 @@ parked = Table(
 )
 """Messages held in SQL; `entry` is the envelope as msgpack."""
 
-WORK = text("reason = 'work'")
-"""The condition of the partial index below, to be repeated word for word in a query."""
-NO_WORK = text("reason <> 'work'")
+IS_WORK = parked.c.reason == literal_column("'work'")
+"""Participants' rows. A literal, not a parameter: only then can a plan use the partial index."""
+IS_OF_SAGA = parked.c.reason != literal_column("'work'")
 
 Index(
     f"{PREFIX}parked_due",
     parked.c.due_at,
     parked.c.saga_type,
-    postgresql_where=NO_WORK,
-    sqlite_where=NO_WORK,
+    postgresql_where=IS_OF_SAGA,
+    sqlite_where=IS_OF_SAGA,
 )
 Index(
     f"{PREFIX}parked_work",
     parked.c.consumer,
     parked.c.due_at,
-    postgresql_where=WORK,
-    sqlite_where=WORK,
+    postgresql_where=IS_WORK,
+    sqlite_where=IS_WORK,
 )
 
 lane = Table(

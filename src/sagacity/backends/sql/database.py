@@ -1,0 +1,260 @@
+"""Connections: opened with safe settings, used under deadlines, given up when in doubt."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import anyio
+from sqlalchemy import URL, Connection, event, make_url
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from sagacity.backends.sql.clock import DatabaseClock
+from sagacity.backends.sql.dialects import POSTGRESQL, UNHEX, Dialect, dialect_named
+from sagacity.backends.sql.errors import translated
+from sagacity.core.errors import ConfigurationError, Unavailable
+from sagacity.ports import Clock
+
+T = TypeVar("T")
+
+DRIVERS = {"sqlite": "aiosqlite", "postgresql": "asyncpg or psycopg"}
+READ_ONLY = "sagacity_read_only"
+"""Execution option of a connection that will not write: SQLite then need not wait for writers."""
+
+BUSY_TIMEOUT_MS = 10_000
+LOCK_TIMEOUT_MS = 5_000
+STATEMENT_TIMEOUT_MS = 30_000
+IDLE_TIMEOUT_MS = 15_000
+CONNECT_TIMEOUT_S = 5
+
+_POSTGRESQL_SETTINGS = f"""
+SELECT set_config('plan_cache_mode', 'force_custom_plan', false),
+       set_config('default_transaction_isolation', 'read committed', false),
+       set_config('lock_timeout', '{LOCK_TIMEOUT_MS}', false),
+       set_config('statement_timeout', '{STATEMENT_TIMEOUT_MS}', false),
+       set_config('idle_in_transaction_session_timeout', '{IDLE_TIMEOUT_MS}', false),
+       set_config('synchronous_commit',
+                  CASE WHEN current_setting('synchronous_commit') IN ('off', 'local') THEN 'on'
+                       ELSE current_setting('synchronous_commit') END, false)
+"""
+# A plan made while a table was empty must not stay (protocol.md M14b); a frozen worker must not hold
+# its locks for ever (row 65); a commit that was acknowledged must be on disk (row 67).
+
+
+def open_engine(url: str | URL) -> AsyncEngine:
+    """An engine with this store's settings.
+
+    Raises ConfigurationError where the URL is no URL, names a database or driver that the store does
+    not work with, a driver that is not installed, or a database in memory.
+    """
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise ConfigurationError(
+            "store: expected a URL such as sqlite+aiosqlite:///saga.db or "
+            "postgresql+asyncpg://user@host/name, got something that is none"
+        ) from error
+    kind = parsed.get_backend_name()
+    dialect_named(kind)
+    driver = parsed.drivername.partition("+")[2]
+    if driver not in DRIVERS[kind].split(" or "):
+        raise ConfigurationError(
+            f"store {_shown(parsed)}: expected an asyncio driver ({DRIVERS[kind]}), "
+            f"got {driver or 'none'}; write {kind}+{DRIVERS[kind].split()[0]}://"
+        )
+    if kind == "sqlite" and parsed.database in {None, "", ":memory:"}:
+        raise ConfigurationError(
+            f"store {_shown(parsed)}: expected an SQLite file, got a database in memory, which has "
+            "only one connection; name a file, or use the store memory:"
+        )
+    options: dict[str, Any] = {"pool_size": 10, "max_overflow": 20, "hide_parameters": True}
+    if driver == "asyncpg":
+        options["connect_args"] = {"timeout": CONNECT_TIMEOUT_S}
+    elif driver == "psycopg":
+        options["connect_args"] = {"connect_timeout": CONNECT_TIMEOUT_S}
+    try:
+        engine = create_async_engine(parsed, **options)
+    except ImportError as error:
+        extra = {"asyncpg": "postgres"}.get(driver, driver)
+        raise ConfigurationError(
+            f"store {_shown(parsed)}: the driver {driver} is not installed; "
+            f'run: pip install "sagacity[{extra}]"'
+        ) from error
+    configure(engine)
+    return engine
+
+
+def _shown(url: URL) -> str:
+    return url.render_as_string(hide_password=True)
+
+
+def configure(engine: AsyncEngine) -> None:
+    """Gives the connections of an engine the settings that the store's promises rest on.
+
+    Safe to call twice. Connections that are open already keep theirs.
+    """
+    sync = engine.sync_engine
+    if dialect_named(sync.dialect.name) is POSTGRESQL:
+        _listen(sync, "connect", _set_up_postgresql)
+    else:
+        _listen(sync, "connect", _set_up_sqlite)
+        _listen(sync, "begin", _begin_sqlite)
+
+
+def _listen(target: Any, name: str, listener: Callable[..., None]) -> None:
+    if not event.contains(target, name, listener):
+        event.listen(target, name, listener)
+
+
+def _set_up_postgresql(connection: DBAPIConnection, record: object) -> None:
+    del record
+    cursor = connection.cursor()
+    cursor.execute(_POSTGRESQL_SETTINGS)
+    cursor.close()
+    connection.commit()
+
+
+def _set_up_sqlite(connection: Any, record: object) -> None:
+    del record
+    # The driver would begin a transaction only at the first write, after our reads (protocol.md M13).
+    connection.isolation_level = None
+    connection.create_function(UNHEX, 1, bytes.fromhex, deterministic=True)
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    read_only = connection.get_execution_options().get(READ_ONLY, False)
+    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+
+
+class Database:
+    """One database: runs functions of a `Connection` under a deadline and translates errors."""
+
+    def __init__(
+        self, engine: AsyncEngine, clock: Clock | None, *, deadline_s: float, owned: bool
+    ) -> None:
+        """`owned`: close the engine with the store."""
+        self.engine = engine
+        self.dialect: Dialect = dialect_named(engine.dialect.name)
+        self.clock: Clock = clock or DatabaseClock()
+        self.deadline_s = deadline_s
+        self._owned = owned
+
+    async def read(self, what: str, work: Callable[[Connection], T]) -> T:
+        """Runs `work` on a connection that will not write."""
+        async with OpenTransaction(self, what, read_only=True) as transaction:
+            return await transaction.run(what, work)
+
+    async def write(self, what: str, work: Callable[[Connection], T]) -> T:
+        """Runs `work` in a transaction of its own and commits it."""
+        async with OpenTransaction(self, what) as transaction:
+            return await transaction.run(what, work)
+
+    async def bounded(self, what: str, action: Callable[[], Awaitable[T]]) -> T:
+        """Awaits `action` shielded from cancellation, for at most the deadline.
+
+        A cancelled statement leaves its transaction in doubt and drivers in disorder, so we wait: the
+        server's own timeouts end what hangs, and the deadline what never answers.
+        """
+        with anyio.move_on_after(self.deadline_s, shield=True):
+            try:
+                return await action()
+            except Exception as error:
+                known = translated(error, what)
+                if known is error:
+                    raise
+                raise known from error
+        raise Unavailable(
+            f"{what}: expected an answer of the database within {self.deadline_s:g} s, got none; "
+            "the connection was given up"
+        )
+
+    async def close(self) -> None:
+        """Closes the engine if it is ours."""
+        if self._owned:
+            with anyio.move_on_after(self.deadline_s, shield=True):
+                await self.engine.dispose()
+
+
+class OpenTransaction:
+    """A connection inside a transaction. Leaving commits; an exception rolls back."""
+
+    def __init__(self, database: Database, what: str, *, read_only: bool = False) -> None:
+        self._database = database
+        self._what = what
+        self._read_only = read_only
+        self._connection: AsyncConnection | None = None
+        self.now = 0
+        """The store's time at the begin."""
+
+    async def __aenter__(self) -> Self:
+        """Connects and begins."""
+        try:
+            await self._database.bounded(f"{self._what}: begin", self._begin)
+        except BaseException:
+            await self._give_back(broken=True)
+            raise
+        return self
+
+    async def _begin(self) -> None:
+        connection = self._connection = self._database.engine.connect()
+        await connection.start()
+        if self._read_only:
+            await connection.execution_options(**{READ_ONLY: True})
+        await connection.begin()
+        clock = self._database.clock
+        if isinstance(clock, DatabaseClock) and clock.stale:
+            await connection.run_sync(clock.look)
+        self.now = clock.now()
+
+    async def run(self, what: str, work: Callable[[Connection], T]) -> T:
+        """Runs a function of the plain `Connection` inside this transaction."""
+        connection = self._connection
+        if connection is None:
+            raise Unavailable(f"{what}: the transaction has ended")
+        return await self._database.bounded(what, lambda: connection.run_sync(work))
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Ends the transaction. Raises Unavailable where it is unknown whether it committed."""
+        connection = self._connection
+        if connection is None:
+            return
+        ended = False
+        try:
+            if error is None and not self._read_only:
+                await self._database.bounded(f"{self._what}: commit", connection.commit)
+                ended = True
+            elif not isinstance(error, Unavailable):
+                ended = await self._rolled_back(connection)
+        finally:
+            await self._give_back(broken=not ended)
+
+    async def _rolled_back(self, connection: AsyncConnection) -> bool:
+        try:
+            await self._database.bounded(f"{self._what}: rollback", connection.rollback)
+        except Exception:  # noqa: BLE001 - the first error is the one to tell; this connection goes
+            return False
+        return True
+
+    async def _give_back(self, *, broken: bool) -> None:
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        with anyio.move_on_after(self._database.deadline_s, shield=True):
+            if broken:
+                with contextlib.suppress(Exception):  # it may never have been connected
+                    await connection.invalidate()
+            await connection.close()

@@ -1,0 +1,395 @@
+"""What SQLite and PostgreSQL do differently, in one place.
+
+Statements here take any number of rows with a fixed text: PostgreSQL gets one array for each
+column (`unnest`), SQLite gets keys as one JSON document (`json_each`) and full rows by the driver's
+own loop over one prepared statement. So no batch meets a limit on bound parameters, and each
+statement is compiled once.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, ClassVar
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Boolean,
+    ColumnElement,
+    Connection,
+    CursorResult,
+    Delete,
+    FromClause,
+    Integer,
+    LargeBinary,
+    Select,
+    Table,
+    Text,
+    Tuple,
+    Update,
+    bindparam,
+    column,
+    delete,
+    func,
+    literal_column,
+    select,
+    text,
+    tuple_,
+    type_coerce,
+    update,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.types import TypeEngine
+
+from sagacity.core.errors import ConfigurationError
+
+Row = tuple[Any, ...]
+"""Values of one row in the order of the columns it is for."""
+
+
+class Given:
+    """Rows of parameters as a relation that statements can select from."""
+
+    def __init__(
+        self,
+        clause: FromClause,
+        arguments: Callable[[Sequence[Row]], dict[str, Any]],
+        names: Sequence[str],
+    ) -> None:
+        self.clause = clause
+        self.arguments = arguments
+        self._names = tuple(names)
+
+    @property
+    def c(self) -> Any:
+        """The columns."""
+        return self.clause.c
+
+    def holds(self, *columns: ColumnElement[Any]) -> ColumnElement[bool]:
+        """True where the values of `columns` are one of the rows, in the order of their columns."""
+        wanted = select(*(self.clause.c[name] for name in self._names))
+        if len(columns) == 1:
+            return columns[0].in_(wanted)
+        return _tuple(columns).in_(wanted)
+
+
+def _tuple(columns: Sequence[ColumnElement[Any]]) -> Tuple:
+    return tuple_(*columns)
+
+
+class Dialect(ABC):
+    """How one kind of database is spoken to. The instances `SQLITE` and `POSTGRESQL` are the only ones."""
+
+    name: ClassVar[str]
+    waits_for_writers: ClassVar[bool]
+    """True where a second transaction cannot begin before the first has ended."""
+
+    def given(self, *columns: ColumnElement[Any]) -> Given:
+        """A relation of parameter rows with the names and types of `columns`."""
+        return self._given(tuple((c.key or "", c.type) for c in columns))
+
+    @abstractmethod
+    def _given(self, columns: tuple[tuple[str, TypeEngine[Any]], ...]) -> Given: ...
+
+    @abstractmethod
+    def insert(
+        self,
+        connection: Connection,
+        table: Table,
+        columns: tuple[str, ...],
+        rows: Sequence[Row],
+        *,
+        replace: bool = False,
+    ) -> int:
+        """Inserts rows and returns how many; one whose key exists is left out, or replaces it."""
+
+    @abstractmethod
+    def update(
+        self,
+        connection: Connection,
+        table: Table,
+        match: tuple[str, ...],
+        change: tuple[str, ...],
+        rows: Sequence[Row],
+    ) -> int:
+        """Updates the rows that match and returns how many.
+
+        A row holds the values of `match` as they were, then those of `change` as they shall be.
+        """
+
+    def delete(
+        self, connection: Connection, table: Table, columns: tuple[str, ...], rows: Sequence[Row]
+    ) -> int:
+        """Deletes the rows with these values and returns how many."""
+        statement, given = _delete(self, table, columns)
+        return connection.execute(statement, given.arguments(rows)).rowcount
+
+    def locked(
+        self, statement: Select[Any], of: Table, *, wait: bool = True, weak: bool = False
+    ) -> Select[Any]:
+        """`statement` with its rows of one table locked; without `wait` held rows are left out.
+
+        A `weak` lock is enough for changes that leave the key alone.
+        """
+        del of, wait, weak
+        return statement
+
+
+class SqliteDialect(Dialect):
+    """SQLite: one writer at a time, so a transaction that may write holds everything."""
+
+    name = "sqlite"
+    waits_for_writers = True
+
+    def _given(self, columns: tuple[tuple[str, TypeEngine[Any]], ...]) -> Given:
+        return _sqlite_given(columns)
+
+    def insert(
+        self,
+        connection: Connection,
+        table: Table,
+        columns: tuple[str, ...],
+        rows: Sequence[Row],
+        *,
+        replace: bool = False,
+    ) -> int:
+        """One prepared statement, run for every row."""
+        statement = _sqlite_insert(table, columns, replace)
+        return _executemany(connection, statement, columns, rows)
+
+    def update(
+        self,
+        connection: Connection,
+        table: Table,
+        match: tuple[str, ...],
+        change: tuple[str, ...],
+        rows: Sequence[Row],
+    ) -> int:
+        """One prepared statement, run for every row."""
+        statement = _sqlite_update(table, match, change)
+        names = [f"old_{name}" for name in match] + [f"new_{name}" for name in change]
+        return _executemany(connection, statement, names, rows)
+
+
+class PostgresqlDialect(Dialect):
+    """PostgreSQL at READ COMMITTED."""
+
+    name = "postgresql"
+    waits_for_writers = False
+
+    def _given(self, columns: tuple[tuple[str, TypeEngine[Any]], ...]) -> Given:
+        return _postgresql_given(columns)
+
+    def insert(
+        self,
+        connection: Connection,
+        table: Table,
+        columns: tuple[str, ...],
+        rows: Sequence[Row],
+        *,
+        replace: bool = False,
+    ) -> int:
+        """One statement over arrays."""
+        statement, given = _postgresql_insert(table, columns, replace)
+        return _rows_written(connection.execute(statement, given.arguments(rows), **_COUNTED))
+
+    def update(
+        self,
+        connection: Connection,
+        table: Table,
+        match: tuple[str, ...],
+        change: tuple[str, ...],
+        rows: Sequence[Row],
+    ) -> int:
+        """One statement over arrays."""
+        statement, given = _postgresql_update(table, match, change)
+        return connection.execute(statement, given.arguments(rows)).rowcount
+
+    def locked(
+        self, statement: Select[Any], of: Table, *, wait: bool = True, weak: bool = False
+    ) -> Select[Any]:
+        """``FOR UPDATE`` or, weak, ``FOR NO KEY UPDATE``."""
+        return statement.with_for_update(of=of, skip_locked=not wait, key_share=weak)
+
+
+SQLITE = SqliteDialect()
+POSTGRESQL = PostgresqlDialect()
+
+
+def dialect_named(name: str) -> Dialect:
+    """The dialect of an SQLAlchemy dialect name.
+
+    Raises ConfigurationError for a database that this store does not speak to.
+    """
+    for dialect in (SQLITE, POSTGRESQL):
+        if dialect.name == name:
+            return dialect
+    raise ConfigurationError(
+        f"store: expected a database of the kind sqlite or postgresql, got {name!r}; "
+        "use sqlite+aiosqlite://, postgresql+asyncpg:// or postgresql+psycopg://"
+    )
+
+
+def dialect_of(connection: Connection) -> Dialect:
+    """The dialect of an open connection."""
+    return dialect_named(connection.dialect.name)
+
+
+@cache
+def _delete(dialect: Dialect, table: Table, columns: tuple[str, ...]) -> tuple[Delete, Given]:
+    key = [table.c[name] for name in columns]
+    given = dialect.given(*key)
+    return delete(table).where(given.holds(*key)), given
+
+
+# ------------------------------------------------------------------------------------------ SQLite
+
+UNHEX = "sagacity_unhex"
+"""SQL function on our SQLite connections. The built-in ``unhex`` came with 3.41, and a JSON string
+cannot carry the keys themselves: SQLite cuts it at NUL."""
+
+
+def _is_bytes(type_: TypeEngine[Any]) -> bool:
+    return isinstance(type_, LargeBinary)
+
+
+@cache
+def _sqlite_given(columns: tuple[tuple[str, TypeEngine[Any]], ...]) -> Given:
+    outside = "given_" + "_".join(name for name, _ in columns)
+    # Text keeps the JSON a plain string parameter whatever the column types are.
+    rows = func.json_each(bindparam(outside, type_=Text())).table_valued("value", name="given_json")
+    shown: list[ColumnElement[Any]] = []
+    for place, (name, type_) in enumerate(columns):
+        value: Any = func.json_extract(rows.c.value, literal_column(f"'$[{place}]'"))
+        if _is_bytes(type_):
+            value = getattr(func, UNHEX)(value)
+        shown.append(type_coerce(value, type_).label(name))
+    hexed = [_is_bytes(type_) for _, type_ in columns]
+
+    def arguments(values: Sequence[Row]) -> dict[str, Any]:
+        document = [
+            [v.hex() if h else v for v, h in zip(row, hexed, strict=True)] for row in values
+        ]
+        return {outside: json.dumps(document)}
+
+    return Given(select(*shown).subquery("given"), arguments, [name for name, _ in columns])
+
+
+@cache
+def _sqlite_insert(table: Table, columns: tuple[str, ...], replace: bool) -> sqlite.Insert:
+    statement = sqlite.insert(table).values({name: bindparam(name) for name in columns})
+    if not replace:
+        return statement.on_conflict_do_nothing()
+    keys = [c.name for c in table.primary_key]
+    return statement.on_conflict_do_update(
+        index_elements=keys,
+        set_={name: statement.excluded[name] for name in columns if name not in keys},
+    )
+
+
+@cache
+def _sqlite_update(table: Table, match: tuple[str, ...], change: tuple[str, ...]) -> Update:
+    return (
+        update(table)
+        .where(*(table.c[name] == bindparam(f"old_{name}") for name in match))
+        .values({name: bindparam(f"new_{name}") for name in change})
+    )
+
+
+_COUNTED: Any = {"execution_options": {"preserve_rowcount": True}}
+
+
+def _rows_written(result: CursorResult[Any]) -> int:
+    """How many rows an insert wrote; SQLAlchemy forgets it unless told otherwise."""
+    assert result.rowcount >= 0, "the driver does not count rows"
+    return result.rowcount
+
+
+def _executemany(
+    connection: Connection, statement: Any, names: Sequence[str], rows: Sequence[Row]
+) -> int:
+    parameters = [dict(zip(names, row, strict=True)) for row in rows]
+    return _rows_written(connection.execute(statement, parameters, **_COUNTED))
+
+
+# -------------------------------------------------------------------------------------- PostgreSQL
+
+
+@cache
+def _postgresql_given(columns: tuple[tuple[str, TypeEngine[Any]], ...]) -> Given:
+    arrays = [bindparam(f"given_{name}", type_=ARRAY(_plain(type_))) for name, type_ in columns]
+    clause = (
+        func.unnest(*arrays)
+        .table_valued(
+            *(column(name, type_) for name, type_ in columns), name="given", with_ordinality="place"
+        )
+        .render_derived()
+    )
+
+    def arguments(values: Sequence[Row]) -> dict[str, Any]:
+        arrays = zip(*values, strict=True) if values else ((),) * len(columns)
+        return {
+            f"given_{name}": list(array) for (name, _), array in zip(columns, arrays, strict=True)
+        }
+
+    return Given(clause, arguments, [name for name, _ in columns])
+
+
+def _plain(type_: TypeEngine[Any]) -> TypeEngine[Any]:
+    for plain in (LargeBinary, Boolean, BigInteger, Integer, Text):
+        if isinstance(type_, plain):
+            return plain()
+    raise TypeError(f"column type {type_!r}: expected one that the tables of this store use")
+
+
+@cache
+def _postgresql_insert(
+    table: Table, columns: tuple[str, ...], replace: bool
+) -> tuple[postgresql.Insert, Given]:
+    given = POSTGRESQL.given(*(table.c[name] for name in columns))
+    # PostgreSQL takes the numbers of an identity column in the order of the rows it is given.
+    ordered = select(*(given.c[name] for name in columns)).order_by(given.c.place)
+    statement = postgresql.insert(table).from_select(columns, ordered)
+    if not replace:
+        return statement.on_conflict_do_nothing(), given
+    keys = [c.name for c in table.primary_key]
+    return (
+        statement.on_conflict_do_update(
+            index_elements=keys,
+            set_={name: statement.excluded[name] for name in columns if name not in keys},
+        ),
+        given,
+    )
+
+
+@cache
+def _postgresql_update(
+    table: Table, match: tuple[str, ...], change: tuple[str, ...]
+) -> tuple[Update, Given]:
+    olds = tuple((f"old_{name}", table.c[name].type) for name in match)
+    news = tuple((f"new_{name}", table.c[name].type) for name in change)
+    given = _postgresql_given((*olds, *news))
+    statement = (
+        update(table)
+        .where(*(table.c[name] == given.c[f"old_{name}"] for name in match))
+        .values({name: given.c[f"new_{name}"] for name in change})
+    )
+    return statement, given
+
+
+# ----------------------------------------------------------------------------------------- reading
+
+
+def read(
+    connection: Connection, statement: Select[Any], arguments: Mapping[str, Any] | None = None
+) -> Sequence[Any]:
+    """All rows of a statement."""
+    return connection.execute(statement, arguments or {}).all()
+
+
+def savepoint_timeout(milliseconds: int) -> Any:
+    """PostgreSQL: how long statements of this transaction or savepoint wait for a lock."""
+    return text(f"SET LOCAL lock_timeout = {int(milliseconds)}")

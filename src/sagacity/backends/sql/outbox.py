@@ -1,0 +1,176 @@
+"""Outbox rows: written in the caller's transaction, pending until the bus has them.
+
+All functions take a plain `Connection`, so they serve our own transactions, the user's sessions and
+anyone with an open SQLAlchemy Core transaction alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import cache
+from typing import Any
+
+from sqlalchemy import Connection, Delete, Select, delete, func, insert, literal, select, union_all
+from sqlalchemy.dialects import postgresql
+
+from sagacity.backends.sql.dialects import POSTGRESQL, Dialect, Given, dialect_of, read
+from sagacity.backends.sql.rows import OUTBOX_COLUMNS, outbox_row, pending_of
+from sagacity.backends.sql.tables import outbox, outbox_pending
+from sagacity.core.plan import OutboxRow
+from sagacity.ports import PendingRow
+
+
+def append_rows(connection: Connection, rows: Sequence[OutboxRow], now: int) -> list[PendingRow]:
+    """Writes messages to publish after commit, in order; returns the rows with their numbers.
+
+    A message whose id is in the outbox already is left out: equal ids are the same message. `now`
+    is in microseconds since 1970.
+    """
+    if not rows:
+        return []
+    # The first one of an id wins; a later copy within one call must not take its place.
+    first: dict[bytes, OutboxRow] = {}
+    for row in rows:
+        first.setdefault(row.envelope.id.encode(), row)
+    values = [outbox_row(row, now) for row in first.values()]
+    if dialect_of(connection) is POSTGRESQL:
+        statement, given = _postgresql_append()
+        fresh = read(connection, statement, given.arguments(values))
+    else:
+        fresh = _sqlite_append(connection, values)
+    return [
+        PendingRow(seq=seq, lane=first[id_].lane, created_at=now, envelope=first[id_].envelope)
+        for seq, id_ in fresh
+    ]
+
+
+@cache
+def _postgresql_append() -> tuple[Select[Any], Given]:
+    given = POSTGRESQL.given(*(outbox.c[name] for name in OUTBOX_COLUMNS))
+    ordered = select(*(given.c[name] for name in OUTBOX_COLUMNS)).order_by(given.c.place)
+    fresh = (
+        postgresql.insert(outbox)
+        .from_select(OUTBOX_COLUMNS, ordered)
+        .on_conflict_do_nothing()
+        .returning(outbox.c.seq, outbox.c.message_id, outbox.c.lane, outbox.c.created_at)
+        .cte("fresh")
+    )
+    pending = (
+        insert(outbox_pending)
+        .from_select(
+            ["seq", "lane", "created_at"], select(fresh.c.seq, fresh.c.lane, fresh.c.created_at)
+        )
+        .cte("pending")
+    )
+    return select(fresh.c.seq, fresh.c.message_id).order_by(fresh.c.seq).add_cte(pending), given
+
+
+def _sqlite_append(connection: Connection, values: Sequence[tuple[Any, ...]]) -> Sequence[Any]:
+    # Nobody else writes during our transaction, so whatever is above the mark is ours.
+    mark = connection.execute(select(func.coalesce(func.max(outbox.c.seq), 0))).scalar_one()
+    dialect_of(connection).insert(connection, outbox, OUTBOX_COLUMNS, values)
+    above = outbox.c.seq > mark
+    connection.execute(
+        insert(outbox_pending).from_select(
+            ["seq", "lane", "created_at"],
+            select(outbox.c.seq, outbox.c.lane, outbox.c.created_at).where(above),
+        )
+    )
+    return read(
+        connection,
+        select(outbox.c.seq, outbox.c.message_id).where(above).order_by(outbox.c.seq),
+    )
+
+
+# ----------------------------------------------------------------------------------------- pending
+
+_ROW = (
+    outbox_pending.c.seq,
+    outbox_pending.c.lane,
+    outbox_pending.c.created_at,
+    outbox.c.headers,
+    outbox.c.body,
+)
+_JOINED = outbox_pending.join(outbox, outbox.c.seq == outbox_pending.c.seq)
+
+
+def prefix(
+    connection: Connection, own: Sequence[PendingRow], forgotten: Collection[int] = ()
+) -> list[PendingRow]:
+    """All pending rows of the lanes of `own`, and `own` itself, in the order of their numbers.
+
+    A lane's older rows come along because nobody may publish a row before them. Rows `forgotten`
+    are left out.
+    """
+    lanes = sorted({row.lane for row in own if row.lane})
+    if not lanes:
+        return list(own)
+    statement, given = _of_lanes(dialect_of(connection))
+    known = {row.seq for row in own}
+    known.update(forgotten)
+    older = [
+        pending_of(row)
+        for row in read(
+            connection, statement, given.arguments([(lane.encode(),) for lane in lanes])
+        )
+        if row.seq not in known
+    ]
+    return sorted([*older, *own], key=lambda row: row.seq)
+
+
+@cache
+def _of_lanes(dialect: Dialect) -> tuple[Select[Any], Given]:
+    given = dialect.given(outbox_pending.c.lane)
+    statement = select(*_ROW).select_from(_JOINED).where(given.holds(outbox_pending.c.lane))
+    return statement, given
+
+
+def overdue(connection: Connection, older_than: int, limit: int) -> list[PendingRow]:
+    """Whole prefixes of the lanes with a row created at or before `older_than`; see `OutboxStore`."""
+    old = outbox_pending.c.created_at <= older_than
+    lanes = (
+        select(outbox_pending.c.lane)
+        .where(old)
+        .order_by(outbox_pending.c.created_at, outbox_pending.c.seq)
+        .limit(limit)
+        .subquery("overdue")
+    )
+    nobody = literal(b"")
+    of_lanes = select(outbox_pending.c.seq).where(
+        outbox_pending.c.lane != nobody, outbox_pending.c.lane.in_(select(lanes.c.lane))
+    )
+    alone = (
+        select(outbox_pending.c.seq)
+        .where(outbox_pending.c.lane == nobody, old)
+        .order_by(outbox_pending.c.seq)
+        .limit(limit)
+        .subquery("alone")
+    )
+    chosen = union_all(of_lanes, select(alone.c.seq)).subquery("chosen")
+    first = select(chosen.c.seq).order_by(chosen.c.seq).limit(limit)
+    statement = (
+        select(*_ROW)
+        .select_from(_JOINED)
+        .where(outbox_pending.c.seq.in_(first))
+        .order_by(outbox_pending.c.seq)
+    )
+    return [pending_of(row) for row in read(connection, statement)]
+
+
+def forget(connection: Connection, seqs: Collection[int]) -> None:
+    """Deletes pending rows that the bus has; one that is gone, or going, is no error."""
+    if not seqs:
+        return
+    statement, given = _forget(dialect_of(connection))
+    connection.execute(statement, given.arguments([(seq,) for seq in sorted(seqs)]))
+
+
+@cache
+def _forget(dialect: Dialect) -> tuple[Delete, Given]:
+    seq = outbox_pending.c.seq
+    given = dialect.given(seq)
+    # Another worker may be forgetting the same rows right now: leave those to it.
+    free = dialect.locked(
+        select(seq).where(given.holds(seq)).order_by(seq), outbox_pending, wait=False
+    )
+    return delete(outbox_pending).where(seq.in_(free)), given

@@ -1,0 +1,203 @@
+"""A plan as a fixed number of statements, whatever its size.
+
+Tables are written in one order and rows in the order of their keys, so two batches that meet wait
+for each other and never in a circle. The number of rows written is compared with the number meant:
+the difference is how a lost race shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import cache
+from typing import Any
+
+from sqlalchemy import Connection, Select, Update, bindparam, or_, select, update
+
+from sagacity.backends.sql import outbox
+from sagacity.backends.sql.dialects import Dialect, Given, Row, dialect_of, read
+from sagacity.backends.sql.rows import (
+    CORRELATION_COLUMNS,
+    DEAD_LETTER_COLUMNS,
+    INBOX_COLUMNS,
+    PARKED_COLUMNS,
+    SAGA_CHANGE,
+    SAGA_COLUMNS,
+    SAGA_MATCH,
+    TIMEOUT_COLUMNS,
+    TRANSITION_COLUMNS,
+    correlation_row,
+    dead_letter_row,
+    inbox_row,
+    parked_row,
+    saga_change,
+    saga_row,
+    timeout_row,
+    transition_row,
+)
+from sagacity.backends.sql.tables import (
+    correlation,
+    dead_letter,
+    inbox,
+    parked,
+    saga,
+    timeout,
+    transition,
+)
+from sagacity.core.errors import Conflict, KeyTaken
+from sagacity.core.plan import CorrelationRow, DeadLetterRow, Plan, TransitionRow
+from sagacity.ports import PendingRow
+
+
+def write_plan(connection: Connection, plan: Plan, published: Sequence[int]) -> list[PendingRow]:
+    """Writes a plan in the order of its lists; see `sagacity.ports.Transaction.write`."""
+    _write_sagas(connection, plan)
+    _write_inbox(connection, plan)
+    _write_correlations(connection, plan)
+    own = outbox.append_rows(connection, plan.outbox, plan.now)
+    _write_timeouts(connection, plan)
+    _write_parked(connection, plan)
+    write_records(connection, plan.dead_letters, plan.transitions)
+    outbox.forget(connection, published)
+    return outbox.prefix(connection, own, published)
+
+
+def _write_sagas(connection: Connection, plan: Plan) -> None:
+    dialect = dialect_of(connection)
+    if plan.saga_inserts:
+        rows = sorted(saga_row(instance) for instance in plan.saga_inserts)
+        written = dialect.insert(connection, saga, SAGA_COLUMNS, rows)
+        _all(written, rows, "new instances", "another worker started them first")
+    if plan.saga_updates:
+        rows = sorted(saga_change(instance, before) for instance, before in plan.saga_updates)
+        written = dialect.update(connection, saga, SAGA_MATCH, SAGA_CHANGE, rows)
+        _all(written, rows, "instances at the expected version", "another worker changed them")
+
+
+def _write_inbox(connection: Connection, plan: Plan) -> None:
+    if plan.inbox:
+        rows = sorted(inbox_row(row, plan.now) for row in plan.inbox)
+        written = dialect_of(connection).insert(connection, inbox, INBOX_COLUMNS, rows)
+        _all(written, rows, "unseen messages", "another worker handled them")
+
+
+def _all(written: int, rows: Sequence[Row], what: str, why: str) -> None:
+    if written != len(rows):
+        raise Conflict(
+            f"write: expected {len(rows)} {what}, got {written}; {why}; run the batch again"
+        )
+
+
+# ------------------------------------------------------------------------------------ correlations
+
+
+def _write_correlations(connection: Connection, plan: Plan) -> None:
+    dialect = dialect_of(connection)
+    if plan.correlations:
+        rows = sorted({correlation_row(row) for row in plan.correlations})
+        written = dialect.insert(connection, correlation, CORRELATION_COLUMNS, rows)
+        if written != len(rows):
+            # Something was there: harmless, unless it is a unique value of somebody else.
+            _check_owners(connection, [row for row in plan.correlations if row.unique])
+    if plan.correlations_dropped:
+        dialect.delete(
+            connection,
+            correlation,
+            ("saga_type", "saga_key"),
+            sorted({(kind, key.encode()) for kind, key in plan.correlations_dropped}),
+        )
+
+
+def _check_owners(connection: Connection, rows: Collection[CorrelationRow]) -> None:
+    if not rows:
+        return
+    statement, given = _owners(dialect_of(connection))
+    asked = [(row.saga_type, row.name, row.value.encode()) for row in rows]
+    owners = {
+        (found.saga_type, found.name, found.value.decode()): found.saga_key.decode()
+        for found in read(connection, statement, given.arguments(asked))
+    }
+    for row in rows:
+        owner = owners.get((row.saga_type, row.name, row.value), row.saga_key)
+        if owner != row.saga_key:
+            raise KeyTaken(row.saga_type, row.name, row.value, owner)
+
+
+@cache
+def _owners(dialect: Dialect) -> tuple[Select[Any], Given]:
+    key = (correlation.c.saga_type, correlation.c.name, correlation.c.value)
+    given = dialect.given(*key)
+    statement = select(*key, correlation.c.saga_key).where(
+        given.holds(*key), correlation.c.is_unique
+    )
+    return statement, given
+
+
+# ------------------------------------------------------------------------------ timeouts and parked
+
+
+def _write_timeouts(connection: Connection, plan: Plan) -> None:
+    dialect = dialect_of(connection)
+    if plan.timeouts_cancelled:
+        keys = sorted({(uid.encode(), name.encode()) for uid, name in plan.timeouts_cancelled})
+        dialect.delete(connection, timeout, ("uid", "name"), keys)
+    if plan.timeouts:
+        last = {(row.uid, row.name): row for row in plan.timeouts}
+        rows = sorted(timeout_row(row) for row in last.values())
+        dialect.insert(connection, timeout, TIMEOUT_COLUMNS, rows, replace=True)
+
+
+def _write_parked(connection: Connection, plan: Plan) -> None:
+    dialect = dialect_of(connection)
+    if plan.unparked:
+        keys = sorted({(who.encode(), id_.encode()) for who, id_ in plan.unparked})
+        written = dialect.delete(connection, parked, ("consumer", "message_id"), keys)
+        _all(written, keys, "parked messages", "another worker took them over")
+    if plan.parked:
+        rows = sorted((parked_row(row) for row in plan.parked), key=lambda row: row[:2])
+        written = dialect.insert(connection, parked, PARKED_COLUMNS, rows)
+        _all(written, rows, "messages that are not parked yet", "another worker parked them")
+    if plan.released:
+        statement, given = _released(dialect)
+        keys = sorted({(who.encode(), id_.encode()) for who, id_ in plan.released})
+        connection.execute(statement, {**given.arguments(keys), "now": plan.now})
+    if plan.woken:
+        statement, given = _woken(dialect)
+        lanes = sorted({(saga_type, lane.encode()) for saga_type, lane in plan.woken})
+        connection.execute(statement, {**given.arguments(lanes), "now": plan.now})
+
+
+def _due_at_once() -> Update:
+    later = or_(parked.c.due_at.is_(None), parked.c.due_at > bindparam("now"))
+    return update(parked).where(later).values(due_at=bindparam("now"))
+
+
+@cache
+def _released(dialect: Dialect) -> tuple[Update, Given]:
+    key = (parked.c.consumer, parked.c.message_id)
+    given = dialect.given(*key)
+    return _due_at_once().where(given.holds(*key)), given
+
+
+@cache
+def _woken(dialect: Dialect) -> tuple[Update, Given]:
+    key = (parked.c.saga_type, parked.c.lane)
+    given = dialect.given(*key)
+    return _due_at_once().where(given.holds(*key)), given
+
+
+# ----------------------------------------------------------------------------------------- records
+
+
+def write_records(
+    connection: Connection,
+    dead_letters: Sequence[DeadLetterRow],
+    transitions: Sequence[TransitionRow] = (),
+) -> None:
+    """Writes dead letters and history, which nothing can be in conflict with."""
+    dialect = dialect_of(connection)
+    if dead_letters:
+        rows = [dead_letter_row(row) for row in dead_letters]
+        dialect.insert(connection, dead_letter, DEAD_LETTER_COLUMNS, rows)
+    if transitions:
+        rows = [transition_row(row) for row in transitions]
+        dialect.insert(connection, transition, TRANSITION_COLUMNS, rows)

@@ -1,0 +1,370 @@
+"""Participants' work: handing parked messages out under leases, lane by lane, and ending them.
+
+A lane's row is the lock that all workers of the lane go through, so that its tasks run one at a
+time and in order, whichever consumers they are for. Locks are taken lanes first, then parked rows,
+everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any
+from uuid import uuid4
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Select,
+    Update,
+    and_,
+    bindparam,
+    exists,
+    func,
+    literal,
+    literal_column,
+    or_,
+    select,
+    update,
+)
+
+from sagacity.backends.sql import outbox
+from sagacity.backends.sql.dialects import Dialect, Given, dialect_of, read
+from sagacity.backends.sql.plan_writer import write_records
+from sagacity.backends.sql.rows import lenient, parked_of
+from sagacity.backends.sql.tables import IS_WORK, lane, parked, tombstone
+from sagacity.ports import Finish, PendingRow, Task
+
+Key = tuple[bytes, bytes]
+"""(consumer, message_id) of a parked row."""
+
+_KEY = (parked.c.consumer, parked.c.message_id)
+_NOTHING = literal(b"")
+
+
+# ------------------------------------------------------------------------------------ what is ready
+
+
+def _ready() -> ColumnElement[bool]:
+    """True for a parked row that may be worked on at ``:now``; see `TaskStore`.
+
+    ``:gap_start`` is the time since which a row must have been parked to go before its number.
+    """
+    of_lane = lane.c.lane == parked.c.lane
+    lease_until = select(lane.c.lease_until).where(of_lane).scalar_subquery()
+    next_sequence = select(lane.c.next_sequence).where(of_lane).scalar_subquery()
+    earlier = parked.alias("earlier")
+    an_earlier_one_waits = exists().where(
+        earlier.c.lane == parked.c.lane,
+        earlier.c.sequence > 0,
+        earlier.c.sequence < parked.c.sequence,
+        earlier.c.undoes == _NOTHING,
+        earlier.c.reason == literal_column("'work'"),
+    )
+    its_turn = and_(
+        ~an_earlier_one_waits,
+        or_(
+            parked.c.sequence <= func.coalesce(next_sequence, 1),
+            parked.c.parked_at <= bindparam("gap_start"),
+        ),
+    )
+    return and_(
+        IS_WORK,
+        parked.c.due_at <= bindparam("now"),
+        parked.c.lease_until <= bindparam("now"),
+        or_(
+            parked.c.lane == _NOTHING,
+            and_(
+                func.coalesce(lease_until, 0) <= bindparam("now"),
+                or_(parked.c.undoes != _NOTHING, parked.c.sequence == 0, its_turn),
+            ),
+        ),
+    )
+
+
+def candidates(
+    connection: Connection, consumers: Mapping[str, int], now: int, gap_us: int
+) -> list[tuple[Key, bytes]]:
+    """(key, lane) of rows that look ready, read without locks: one of each lane, oldest first."""
+    found: list[tuple[Key, bytes]] = []
+    lanes: set[bytes] = set()
+    for consumer, most in consumers.items():
+        if most <= 0:
+            continue
+        arguments = {
+            "now": now,
+            "gap_start": now - gap_us,
+            "consumer": consumer.encode(),
+            "most": most * 4,
+        }
+        taken = 0
+        for row in read(connection, _candidates(), arguments):
+            if taken == most:
+                break
+            if row.lane and row.lane in lanes:
+                continue
+            lanes.add(row.lane)
+            found.append(((row.consumer, row.message_id), row.lane))
+            taken += 1
+    return found
+
+
+@cache
+def _candidates() -> Select[Any]:
+    return (
+        select(*_KEY, parked.c.lane)
+        .where(parked.c.consumer == bindparam("consumer"), _ready())
+        # Undo commands first: what they undo need not run at all then.
+        .order_by(parked.c.due_at, parked.c.undoes == _NOTHING, parked.c.sequence)
+        .limit(bindparam("most"))
+    )
+
+
+# ------------------------------------------------------------------------------------------ leases
+
+
+def claim(
+    connection: Connection,
+    chosen: Sequence[tuple[Key, bytes]],
+    now: int,
+    lease_us: int,
+    gap_us: int,
+) -> list[Task]:
+    """Leases those of the candidates that nobody else took in the meantime."""
+    dialect = dialect_of(connection)
+    lanes = sorted({(name,) for _, name in chosen if name})
+    free = _lock_free_lanes(connection, lanes, now)
+    keys = sorted(key for key, name in chosen if not name or name in free)
+    if not keys:
+        return []
+    statement, given = _still_ready(dialect)
+    arguments = {**given.arguments(keys), "now": now, "gap_start": now - gap_us}
+    rows = read(connection, statement, arguments)
+    token, until = uuid4().hex, now + lease_us
+    leased = [(row.consumer, row.message_id, token.encode(), until) for row in rows]
+    if not leased:
+        return []
+    taken_lanes = sorted({(row.lane,) for row in rows if row.lane})
+    if taken_lanes:
+        # Their lanes were free, so leases that these rows still show have run out.
+        cleared, given = _forget_leases(dialect)
+        connection.execute(cleared, given.arguments(taken_lanes))
+        dialect.update(
+            connection,
+            lane,
+            ("lane",),
+            ("token", "lease_until", "at"),
+            [(name, token.encode(), until, now) for (name,) in taken_lanes],
+        )
+    dialect.update(connection, parked, ("consumer", "message_id"), ("token", "lease_until"), leased)
+    undone = _tombstones(connection, [row.message_id for row in rows])
+    return [
+        Task(row=parked_of(row), token=token, lease_until=until, tombstone=row.message_id in undone)
+        for row in rows
+    ]
+
+
+def _lock_free_lanes(connection: Connection, lanes: list[tuple[bytes]], now: int) -> set[bytes]:
+    if not lanes:
+        return set()
+    dialect = dialect_of(connection)
+    columns = ("lane", "next_sequence", "token", "lease_until", "at")
+    dialect.insert(connection, lane, columns, [(name, 1, b"", 0, now) for (name,) in lanes])
+    statement, given = _free_lanes(dialect)
+    rows = read(connection, statement, {**given.arguments(lanes), "now": now})
+    return {row.lane for row in rows}
+
+
+@cache
+def _free_lanes(dialect: Dialect) -> tuple[Select[Any], Given]:
+    given = dialect.given(lane.c.lane)
+    statement = (
+        select(lane.c.lane)
+        .where(given.holds(lane.c.lane), lane.c.lease_until <= bindparam("now"))
+        .order_by(lane.c.lane)
+    )
+    return dialect.locked(statement, lane, wait=False), given
+
+
+@cache
+def _still_ready(dialect: Dialect) -> tuple[Select[Any], Given]:
+    given = dialect.given(*_KEY)
+    statement = select(*parked.c).where(given.holds(*_KEY), _ready()).order_by(*_KEY)
+    return dialect.locked(statement, parked, wait=False), given
+
+
+@cache
+def _forget_leases(dialect: Dialect) -> tuple[Update, Given]:
+    given = dialect.given(parked.c.lane)
+    statement = (
+        update(parked)
+        .where(given.holds(parked.c.lane), parked.c.lease_until > 0)
+        .values(token=b"", lease_until=0)
+    )
+    return statement, given
+
+
+def _tombstones(connection: Connection, ids: Collection[bytes]) -> set[bytes]:
+    statement, given = _buried(dialect_of(connection))
+    return {
+        row.command_id for row in read(connection, statement, given.arguments([(i,) for i in ids]))
+    }
+
+
+@cache
+def _buried(dialect: Dialect) -> tuple[Select[Any], Given]:
+    given = dialect.given(tombstone.c.command_id)
+    return select(tombstone.c.command_id).where(given.holds(tombstone.c.command_id)), given
+
+
+def renew(connection: Connection, tasks: Sequence[Task], now: int, lease_us: int) -> list[Task]:
+    """Extends the leases that are still ours; see `TaskStore.renew`."""
+    dialect, until = dialect_of(connection), now + lease_us
+    numbers = _lock_lanes(connection, tasks)
+    held = _lock_held(connection, tasks)
+    kept = [task for task in tasks if _key(task) in held]
+    keys = sorted(_key(task) for task in kept)
+    dialect.update(
+        connection,
+        parked,
+        ("consumer", "message_id"),
+        ("lease_until",),
+        [(*key, until) for key in keys],
+    )
+    lanes = sorted({task.row.lane.encode() for task in kept} & numbers.keys())
+    dialect.update(
+        connection, lane, ("lane",), ("lease_until", "at"), [(name, until, now) for name in lanes]
+    )
+    return [
+        Task(row=task.row, token=task.token, lease_until=until, tombstone=task.tombstone)
+        for task in kept
+    ]
+
+
+def _key(task: Task) -> Key:
+    return task.row.consumer.encode(), task.row.message_id.encode()
+
+
+def _lock_lanes(connection: Connection, tasks: Iterable[Task]) -> dict[bytes, int]:
+    """Lane -> its next number, locked."""
+    names = sorted({(task.row.lane.encode(),) for task in tasks if task.row.lane})
+    if not names:
+        return {}
+    statement, given = _all_lanes(dialect_of(connection))
+    rows = read(connection, statement, given.arguments(names))
+    return {row.lane: row.next_sequence for row in rows}
+
+
+@cache
+def _all_lanes(dialect: Dialect) -> tuple[Select[Any], Given]:
+    given = dialect.given(lane.c.lane)
+    statement = (
+        select(lane.c.lane, lane.c.next_sequence)
+        .where(given.holds(lane.c.lane))
+        .order_by(lane.c.lane)
+    )
+    return dialect.locked(statement, lane), given
+
+
+def _lock_held(connection: Connection, tasks: Iterable[Task]) -> set[Key]:
+    """Keys of the tasks whose lease is still theirs, locked."""
+    asked = sorted((*_key(task), task.token.encode()) for task in tasks)
+    if not asked:
+        return set()
+    statement, given = _held(dialect_of(connection))
+    rows = read(connection, statement, given.arguments(asked))
+    return {(row.consumer, row.message_id) for row in rows}
+
+
+@cache
+def _held(dialect: Dialect) -> tuple[Select[Any], Given]:
+    given = dialect.given(*_KEY, parked.c.token)
+    statement = select(*_KEY).where(given.holds(*_KEY, parked.c.token)).order_by(*_KEY)
+    return dialect.locked(statement, parked), given
+
+
+# --------------------------------------------------------------------------------------------- end
+
+
+def end(
+    connection: Connection, finishes: Sequence[Finish], now: int
+) -> tuple[set[Key], list[PendingRow]]:
+    """Ends tasks; returns the keys of those whose lease still held, and their outbox rows.
+
+    Nothing is written for a task whose lease was lost.
+    """
+    dialect = dialect_of(connection)
+    numbers = _lock_lanes(connection, (finish.task for finish in finishes))
+    held = _lock_held(connection, (finish.task for finish in finishes))
+    ours = sorted((f for f in finishes if _key(f.task) in held), key=lambda f: _key(f.task))
+    if not ours:
+        return held, []
+    over = [finish for finish in ours if finish.retry_at is None]
+    dialect.delete(connection, parked, ("consumer", "message_id"), [_key(f.task) for f in over])
+    again = [_tried_again(finish) for finish in ours if finish.retry_at is not None]
+    if again:
+        change = ("due_at", "attempts", "error", "token", "lease_until")
+        dialect.update(connection, parked, ("consumer", "message_id"), change, again)
+    buried = sorted(
+        {
+            (finish.task.row.envelope.undoes.encode(), finish.task.row.consumer.encode(), now)
+            for finish in over
+            if finish.task.row.envelope.undoes
+        }
+    )
+    if buried:
+        dialect.insert(connection, tombstone, ("command_id", "consumer", "at"), buried)
+    _free_their_lanes(connection, ours, numbers, now)
+    written = outbox.append_rows(connection, [row for f in ours for row in f.outbox], now)
+    write_records(connection, [f.dead_letter for f in ours if f.dead_letter is not None])
+    return held, written
+
+
+def _tried_again(finish: Finish) -> tuple[Any, ...]:
+    row = finish.task.row
+    attempts = row.attempts + 1 if finish.counts else row.attempts
+    return (
+        *_key(finish.task),
+        finish.retry_at,
+        attempts,
+        lenient(finish.error or row.error),
+        b"",
+        0,
+    )
+
+
+def _free_their_lanes(
+    connection: Connection, finishes: Sequence[Finish], numbers: dict[bytes, int], now: int
+) -> None:
+    """Ends the leases of lanes and counts forward commands that are over."""
+    after = dict(numbers)
+    for finish in finishes:
+        row, name = finish.task.row, finish.task.row.lane.encode()
+        counted = finish.retry_at is None and not row.envelope.undoes
+        if counted and name in after:
+            after[name] = max(after[name], row.sequence + 1)
+    if after:
+        dialect_of(connection).update(
+            connection,
+            lane,
+            ("lane",),
+            ("next_sequence", "token", "lease_until", "at"),
+            [(name, number, b"", 0, now) for name, number in sorted(after.items())],
+        )
+
+
+def next_due(connection: Connection, consumers: Collection[str], now: int) -> int | None:
+    """When the next row of these consumers will be due; None where none waits for its time."""
+    statement, given = _next_due(dialect_of(connection))
+    asked = sorted((consumer.encode(),) for consumer in consumers)
+    found = connection.execute(statement, {**given.arguments(asked), "now": now}).scalar_one()
+    return None if found is None else int(found)
+
+
+@cache
+def _next_due(dialect: Dialect) -> tuple[Select[Any], Given]:
+    given = dialect.given(parked.c.consumer)
+    statement = select(func.min(parked.c.due_at)).where(
+        IS_WORK, given.holds(parked.c.consumer), parked.c.due_at > bindparam("now")
+    )
+    return statement, given
