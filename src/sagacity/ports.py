@@ -15,7 +15,15 @@ import msgspec
 
 from sagacity.core.delivery import Delivery, Envelope
 from sagacity.core.instance import Instance
-from sagacity.core.plan import DeadLetterRow, Known, Loaded, OutboxRow, ParkedRow, Plan, TransitionRow
+from sagacity.core.plan import (
+    DeadLetterRow,
+    Known,
+    Loaded,
+    OutboxRow,
+    ParkedRow,
+    Plan,
+    TransitionRow,
+)
 
 
 class Clock(Protocol):
@@ -125,9 +133,7 @@ class Transaction(Protocol):
         """Keys of the instances that have each value; sorted; unknown values are left out."""
         ...
 
-    async def load(
-        self, wanted: Mapping[str, Collection[str]], *, wait: bool = False
-    ) -> Loaded:
+    async def load(self, wanted: Mapping[str, Collection[str]], *, wait: bool = False) -> Loaded:
         """Locks and loads the instances (saga type -> keys) that are free.
 
         With `wait` it waits for the held ones too, a few seconds at most, then calls them busy.
@@ -147,8 +153,9 @@ class Transaction(Protocol):
         """Writes the plan and forgets the pending rows `published` (seq numbers).
 
         Returns, in seq order, the whole pending prefix of the lanes the plan wrote to, its own rows
-        included, and the plan's rows without a lane: publish these after commit. Raises Conflict
-        or KeyTaken as `Plan` says, DataRefused for a value the database does not take.
+        included, and the plan's rows without a lane: publish these after commit. A message whose id
+        is in the outbox already is left out: it is the same message. Raises Conflict or KeyTaken as
+        `Plan` says, DataRefused for a value the database does not take.
         """
         ...
 
@@ -218,7 +225,10 @@ class OutboxStore(Protocol):
         ...
 
     async def append(self, rows: Sequence[OutboxRow]) -> list[PendingRow]:
-        """Writes outbox rows in a transaction of their own; a known message id is left out."""
+        """Writes outbox rows in a transaction of their own; a known message id is left out.
+
+        Returns what to publish, as `Transaction.write` does.
+        """
         ...
 
 
@@ -269,15 +279,13 @@ class Work(Protocol):
 class TaskStore(Protocol):
     """The participants' view of a store: messages parked with reason ``work``.
 
-    Commands of one lane are handed out one at a time, in `sequence`: number n+1 only when n is
+    Commands of one lane are handed out one at a time, whichever consumers they are for, in `sequence`: number n+1 only when n is
     finished, or when n has not been seen for `gap_us`. An undo command (``envelope.undoes``) does not wait
     for numbers, only for a task of its lane that is being worked on; finishing it leaves a tombstone for what it
     undoes. A row without a lane waits for nobody.
     """
 
-    async def claim(
-        self, consumers: Mapping[str, int], lease_us: int, gap_us: int
-    ) -> list[Task]:
+    async def claim(self, consumers: Mapping[str, int], lease_us: int, gap_us: int) -> list[Task]:
         """Hands out due tasks: at most the given number per consumer. Expired leases count as due."""
         ...
 
@@ -328,6 +336,11 @@ class SagaRow(msgspec.Struct, frozen=True):
     started_at: int
     updated_at: int
 
+    @property
+    def cursor(self) -> str:
+        """Where the next page begins: give it as `after` to `Inspector.sagas`."""
+        return f"{self.updated_at} {self.saga_type} {self.saga_key}"
+
 
 class DeadLetter(msgspec.Struct, frozen=True):
     """A stored dead letter; `id` names it for replay."""
@@ -341,9 +354,16 @@ class Inspector(Protocol):
     """Read-only questions of operators, and the replay of dead letters."""
 
     async def sagas(
-        self, *, saga_type: str = "", status: str = "", state: str = "", limit: int = 50, after: str = ""
+        self,
+        *,
+        saga_type: str = "",
+        status: str = "",
+        state: str = "",
+        limit: int = 50,
+        after: str = "",
     ) -> list[SagaRow]:
-        """Instances, the ones that have not moved for longest first."""
+        """Instances, the ones that have not moved for longest first; `after` is the `cursor` of the
+        last row seen."""
         ...
 
     async def saga(self, saga_type: str, saga_key: str) -> Instance | None:
@@ -359,12 +379,17 @@ class Inspector(Protocol):
         ...
 
     async def replay(self, ids: Sequence[int]) -> int:
-        """Parks the dead letters again, due at once, for their consumer; returns how many."""
+        """Parks the dead letters again, due at once, for their consumer; returns how many.
+
+        One that was never decoded, was replayed before, or is parked is left out. Attempts start at
+        zero; the reason is ``retry`` for a saga's message and ``work`` for a participant's.
+        """
         ...
 
     async def counts(self) -> dict[str, int]:
         """Rows that matter to an operator: ``sagas.<status>``, ``outbox.pending``, ``timeouts``,
-        ``parked``, ``parked.<consumer>``, ``dead_letters``, ``outbox.oldest_us``."""
+        ``parked``, ``parked.<consumer>`` (up to a ``#``), ``dead_letters``; and ``outbox.oldest_us``, the
+        age of the oldest pending row (0 where there is none)."""
         ...
 
 
