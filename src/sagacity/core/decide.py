@@ -162,9 +162,9 @@ def decide(
         start = definition.starts.get(trigger) if kind == "event" else None
         if start is None:
             return Decision(handled=False, missing=True, reason="no instance")
-        return _Step(definition, _unborn(definition, key, envelope, now), envelope, now, sender).run(
-            start, message
-        )
+        return _Step(
+            definition, _unborn(definition, key, envelope, now), envelope, now, sender
+        ).run(start, message)
     if envelope.saga_uid and envelope.saga_uid != instance.uid:
         return Decision(handled=False, reason="meant for an earlier instance of this key")
     if instance.status.finished:
@@ -213,14 +213,16 @@ def take_deferred(definition: Definition, instance: Instance) -> tuple[Envelope,
     return None
 
 
-_framework_decoders = {
-    message_type(cls).name: msgspec.json.Decoder(cls) for cls in FRAMEWORK
-}
+_framework_decoders = {message_type(cls).name: msgspec.json.Decoder(cls) for cls in FRAMEWORK}
 
 
 def _deferred_trigger(envelope: Envelope) -> tuple[Kind, str]:
     decoder = _framework_decoders.get(envelope.type)
-    return ("event", envelope.type) if decoder is None else trigger_of(envelope, decoder.decode(envelope.body))
+    return (
+        ("event", envelope.type)
+        if decoder is None
+        else trigger_of(envelope, decoder.decode(envelope.body))
+    )
 
 
 def decode_framework(envelope: Envelope) -> Message | None:
@@ -246,7 +248,9 @@ def _unborn(definition: Definition, key: str, envelope: Envelope, now: int) -> I
         schema_version=definition.version,
         data=definition.encode(definition.new(key)),
         ledger=Ledger(
-            correlation_id=envelope.correlation_id or envelope.id, actor=envelope.actor, hops=envelope.hops
+            correlation_id=envelope.correlation_id or envelope.id,
+            actor=envelope.actor,
+            hops=envelope.hops,
         ),
         started_at=now,
         updated_at=now,
@@ -257,7 +261,12 @@ class _Step:
     """The instance while one message is applied to it: mutable parts, frozen again at the end."""
 
     def __init__(
-        self, definition: Definition, instance: Instance, envelope: Envelope, now: int, sender: Sender
+        self,
+        definition: Definition,
+        instance: Instance,
+        envelope: Envelope,
+        now: int,
+        sender: Sender,
     ) -> None:
         self.definition, self.before = definition, instance
         self.envelope, self.now, self.sender = envelope, now, sender
@@ -299,11 +308,15 @@ class _Step:
             if message.refused:
                 self.undo = [entry for entry in self.undo if entry.command_id != command_id]
                 if self.compensation is not None:
-                    rest = tuple(e for e in self.compensation.remaining if e.command_id != command_id)
+                    rest = tuple(
+                        e for e in self.compensation.remaining if e.command_id != command_id
+                    )
                     self.compensation = msgspec.structs.replace(self.compensation, remaining=rest)
         else:
             self.undo = [
-                msgspec.structs.replace(entry, confirmed=True) if entry.command_id == command_id else entry
+                msgspec.structs.replace(entry, confirmed=True)
+                if entry.command_id == command_id
+                else entry
                 for entry in self.undo
             ]
         return True
@@ -521,7 +534,9 @@ class _Step:
         remaining, under_way = list(compensation.remaining), dict(compensation.under_way)
         while remaining and not compensation.failed and (self.definition.parallel or not under_way):
             entry = remaining.pop()
-            undo_id = derived_id(self.before.uid, entry.command_id, "undo", str(compensation.attempt))
+            undo_id = derived_id(
+                self.before.uid, entry.command_id, "undo", str(compensation.attempt)
+            )
             self._emit_encoded(
                 entry.undo_type,
                 entry.topic,

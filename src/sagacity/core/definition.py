@@ -112,7 +112,12 @@ class Definition:
     ) -> None:
         self.cls, self.saga_type, self.key_field, self.version = cls, saga_type, key_field, version
         self.parallel, self.restartable, self.location = parallel, restartable, location
-        self.states, self.handlers, self.routes, self.policies = states, tuple(handlers), routes, policies
+        self.states, self.handlers, self.routes, self.policies = (
+            states,
+            tuple(handlers),
+            routes,
+            policies,
+        )
         self.sendings = sendings
         self.final = frozenset(name for name, state in states.items() if state.final)
         self.timeouts = frozenset(h.trigger for h in handlers if h.kind == "timeout")
@@ -145,13 +150,21 @@ class Definition:
             info = next(f for f in _fields(self.cls) if f.name == self.key_field)
             return self.cls(**{self.key_field: msgspec.convert(key, info.type, strict=False)})
         except (msgspec.ValidationError, TypeError) as error:
-            raise DecodeError(f"{self.saga_type}: key {key!r} does not fit {self.key_field}: {error}") from error
+            raise DecodeError(
+                f"{self.saga_type}: key {key!r} does not fit {self.key_field}: {error}"
+            ) from error
 
     def encode(self, saga: Saga) -> bytes:
         """A saga's data as JSON with sorted keys. Raises HandlerError for values that do not fit."""
         try:
             return self._encode(saga)
-        except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
+        except (
+            TypeError,
+            ValueError,
+            OverflowError,
+            RecursionError,
+            msgspec.MsgspecError,
+        ) as error:
             raise HandlerError(
                 f"{self.saga_type}: the data cannot be stored: {error}; expected plain values as annotated"
             ) from error
@@ -229,7 +242,9 @@ class _Builder:
     def build(self, *, key: str, version: int, parallel: bool, restartable: bool) -> Definition:
         self.check_fields(key)
         if not self.states:
-            raise self.fail("expected at least one State() attribute, got none; write e.g. done = State(final=True)")
+            raise self.fail(
+                "expected at least one State() attribute, got none; write e.g. done = State(final=True)"
+            )
         handlers = list(self.handlers())
         routes = self.routes(key)
         self.check_table(handlers)
@@ -365,7 +380,11 @@ class _Builder:
             if field is None:
                 wanted = key_name or key
                 field = wanted if wanted in fields else None
-            if isinstance(field, str) and field not in fields or (field is None and (key_name or declared.starts and key)):
+            if (
+                isinstance(field, str)
+                and field not in fields
+                or (field is None and (key_name or declared.starts and key))
+            ):
                 raise self.fail(
                     f"handler {name}: event {message_type(event).name} has no field "
                     f"{(declared.field or key_name or key)!r} to correlate by; expected one of "
@@ -381,7 +400,9 @@ class _Builder:
             route = Route(event, key_name, field, declared.starts, declared.missing)
             known, where = routes.get(message_type(event).name, (route, ""))
             if known.event is not event:
-                raise self.fail(f"two event classes are called {message_type(event).name!r}", declared.location)
+                raise self.fail(
+                    f"two event classes are called {message_type(event).name!r}", declared.location
+                )
             if (known.key_name, known.field) != (route.key_name, route.field):
                 raise self.fail(
                     f"event {message_type(event).name} is correlated in two ways, here and at {where}; "
@@ -429,7 +450,8 @@ class _Builder:
                 )
         for name, state in self.states.items():
             leaves = any(
-                name in h.when and (h.compensates or any(t != name for t in h.goto)) for h in handlers
+                name in h.when and (h.compensates or any(t != name for t in h.goto))
+                for h in handlers
             )
             if not state.final and not leaves:
                 raise self.fail(
@@ -443,7 +465,9 @@ class _Builder:
         for policy in self.policies:
             event: object = policy.event
             if not (isinstance(event, type) and issubclass(event, Event)):
-                raise self.fail(f"{policy.kind}() expects event classes, got {policy.event!r}", policy.location)
+                raise self.fail(
+                    f"{policy.kind}() expects event classes, got {policy.event!r}", policy.location
+                )
             states = policy.when if policy.when is not None else tuple(self.states.values())
             for state in states:
                 if self.states.get(getattr(state, "name", "")) is not state:
@@ -538,7 +562,11 @@ class _Source:
     def literals(self, method: str) -> list[tuple[str | None, str]]:
         found: list[tuple[str | None, str]] = []
         for call, location in self.named(method):
-            first = call.args[0] if call.args else next((k.value for k in call.keywords if k.arg == "name"), None)
+            first = (
+                call.args[0]
+                if call.args
+                else next((k.value for k in call.keywords if k.arg == "name"), None)
+            )
             value = first.value if isinstance(first, ast.Constant) else None
             found.append((value if isinstance(value, str) else None, location))
         return found
@@ -549,13 +577,17 @@ class _Source:
 
     @property
     def correlations(self) -> list[tuple[str, str]]:
-        return [(name, location) for name, location in self.literals("correlate") if name is not None]
+        return [
+            (name, location) for name, location in self.literals("correlate") if name is not None
+        ]
 
     def sendings(self) -> Iterator[Sending]:
         for method in ("send", "publish"):
             for call, location in self.named(method):
                 message = self.message_class(call.args[0]) if call.args else None
-                undo = next((self.message_class(k.value) for k in call.keywords if k.arg == "undo"), None)
+                undo = next(
+                    (self.message_class(k.value) for k in call.keywords if k.arg == "undo"), None
+                )
                 if message is not None:
                     yield Sending(self.name, message, undo, location)
 

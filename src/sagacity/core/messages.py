@@ -117,7 +117,8 @@ else:
                 )
             if version < 1:
                 raise DefinitionError(
-                    f"message {class_name}: expected a version of 1 or more, got {version}", location
+                    f"message {class_name}: expected a version of 1 or more, got {version}",
+                    location,
                 )
             kind = "command" if any(base.__name__ == "Command" for base in cls.__mro__) else "event"
             cls.__message_type__ = MessageType(name, topic, version, kind, location)

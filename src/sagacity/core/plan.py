@@ -534,16 +534,15 @@ class _Batch:
         self.replay_deferred(definition, place)
         return Outcome.HANDLED
 
-    def claim(self, arrival: Arrival, decision: Decision) -> None:
+    def claim(self, place: tuple[str, str], decision: Decision) -> None:
         """Unique keys belong to one instance; raises KeyTaken for the second."""
-        claims = [
-            (arrival.saga_type, key.name, key.value) for key in decision.correlated if key.unique
-        ]
+        saga_type, saga_key = place
+        claims = [(saga_type, key.name, key.value) for key in decision.correlated if key.unique]
         for claim in claims:
-            owner = self.claims.get(claim, arrival.saga_key)
-            if owner != arrival.saga_key:
+            owner = self.claims.get(claim, saga_key)
+            if owner != saga_key:
                 raise KeyTaken(*claim, owner)
-        self.claims.update(dict.fromkeys(claims, arrival.saga_key))
+        self.claims.update(dict.fromkeys(claims, saga_key))
 
     def apply(self, envelope: Envelope, before: Instance | None, decision: Decision) -> None:
         """Adds the rows of one decision."""

@@ -10,7 +10,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, cast, dataclass_transform, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    Protocol,
+    TypeVar,
+    cast,
+    dataclass_transform,
+    overload,
+)
 
 import msgspec
 
@@ -144,7 +154,15 @@ def on(
         _declare(
             [
                 Declared(
-                    "event", event, _states(when), _states(goto) or (), starts, key, field, missing, location
+                    "event",
+                    event,
+                    _states(when),
+                    _states(goto) or (),
+                    starts,
+                    key,
+                    field,
+                    missing,
+                    location,
                 )
                 for event in events
             ]
@@ -153,14 +171,27 @@ def on(
 
 
 def _on_command(
-    kind: Literal["failure", "done"], commands: tuple[type[Command], ...], when: States | None, goto: States | None
+    kind: Literal["failure", "done"],
+    commands: tuple[type[Command], ...],
+    when: States | None,
+    goto: States | None,
 ) -> Callable[[H], H]:
     location = caller_location(2)
     if not commands:
         raise DefinitionError(f"@on_{kind} needs a command class, got none", location)
     return _declare(
         [
-            Declared(kind, command, _states(when), _states(goto) or (), False, None, None, "ignore", location)
+            Declared(
+                kind,
+                command,
+                _states(when),
+                _states(goto) or (),
+                False,
+                None,
+                None,
+                "ignore",
+                location,
+            )
             for command in commands
         ]
     )
@@ -192,12 +223,22 @@ def on_timeout(
 ) -> Callable[[H], H]:
     """Handles the timeout that ``self.set_timeout(name, ...)`` armed."""
     declared = Declared(
-        "timeout", name, _states(when), _states(goto) or (), False, None, None, "ignore", caller_location(1)
+        "timeout",
+        name,
+        _states(when),
+        _states(goto) or (),
+        False,
+        None,
+        None,
+        "ignore",
+        caller_location(1),
     )
     return _declare([declared])
 
 
-def _policy(kind: Literal["ignore", "defer"], events: tuple[type[Event], ...], when: States | None) -> None:
+def _policy(
+    kind: Literal["ignore", "defer"], events: tuple[type[Event], ...], when: States | None
+) -> None:
     namespace = sys._getframe(2).f_locals
     location = caller_location(2)
     if "__qualname__" not in namespace:
@@ -377,7 +418,9 @@ class _Handling:
         else:
             due_at = turn.now + cast(timedelta, after) // timedelta(microseconds=1)
         if not 0 <= due_at < 1 << 62:
-            raise HandlerError(f"{turn.where()}: timeout {name!r} is due out of range: {after or at!r}")
+            raise HandlerError(
+                f"{turn.where()}: timeout {name!r} is due out of range: {after or at!r}"
+            )
         turn.effects.append(SetTimeout(name, due_at))
 
     def cancel_timeout(self, name: str) -> None:
@@ -430,7 +473,9 @@ def key_text(value: object, what: str) -> str:
         return str(int(value))
     if type(value).__name__ == "UUID":
         return str(value)
-    raise HandlerError(f"{what}: expected text, an integer or a UUID, got {type(value).__name__} {value!r}")
+    raise HandlerError(
+        f"{what}: expected text, an integer or a UUID, got {type(value).__name__} {value!r}"
+    )
 
 
 RESERVED = frozenset(name for name in vars(_Handling) if not name.startswith("__"))

@@ -121,7 +121,9 @@ class Cycle:
             message_id = _identity(inputs[0])
             if message_id in refused:
                 raise
-            log.error("Database refuses a message (message=%s, error=%s)", message_id, error)
+            log.error(
+                "Database refuses a message", extra={"message_id": message_id, "error": str(error)}
+            )
             return await self._settle(
                 inputs,
                 wait=wait,
@@ -193,28 +195,33 @@ class Cycle:
             pending: list[PendingRow] = []
             if published or not plan.empty:
                 pending = await transaction.write(plan, published)
-        self.published = self.published[len(published) :]
+        gone = set(published)
+        self.published = [seq for seq in self.published if seq not in gone]
         counts: dict[Outcome, int] = {}
         for outcome in outcomes:
             counts[outcome] = counts.get(outcome, 0) + 1
         for row in plan.dead_letters:
             log.error(
-                "Message became a dead letter (consumer=%s, message=%s, type=%s, reason=%s, error=%s)",
-                row.consumer,
-                row.message_id,
-                row.message_type,
-                row.reason,
-                _last_line(row.error),
+                "Message became a dead letter",
+                extra={
+                    "consumer": row.consumer,
+                    "message_id": row.message_id,
+                    "type": row.message_type,
+                    "reason": row.reason,
+                    "error": _last_line(row.error),
+                },
             )
         for parked in plan.parked:
             if parked.reason == "retry":
                 log.warning(
-                    "Handler failed, message is tried again (consumer=%s, message=%s, type=%s, attempts=%d, error=%s)",
-                    parked.consumer,
-                    parked.message_id,
-                    parked.envelope.type,
-                    parked.attempts,
-                    _last_line(parked.error),
+                    "Handler failed, message is tried again",
+                    extra={
+                        "consumer": parked.consumer,
+                        "message_id": parked.message_id,
+                        "type": parked.envelope.type,
+                        "attempts": parked.attempts,
+                        "error": _last_line(parked.error),
+                    },
                 )
         self._notice("batch.committed", inputs=len(inputs), expanded=expanded, **counts)
         return Settled(
@@ -273,9 +280,8 @@ class Cycle:
             await self.bus.publish([row.envelope for row in pending])
         except BusError as error:
             log.warning(
-                "Publishing failed, the relay tries again (messages=%d, error=%s)",
-                len(pending),
-                error,
+                "Publishing failed, the relay tries again",
+                extra={"messages": len(pending), "error": str(error)},
             )
             return False
         self.published.extend(row.seq for row in pending)
@@ -321,6 +327,9 @@ class _Sorted:
                 reason = "oversized"
             self.faults.append((delivery, reason, delivery.fault))
             return
+        if delivery.fault:
+            self.faults.append((delivery, "killer", delivery.fault))
+            return
         try:
             self._route(catalog, index, envelope, None)
         except DecodeError as error:
@@ -342,7 +351,9 @@ class _Sorted:
         self, catalog: Catalog, index: int, envelope: Envelope, row: ParkedRow | None
     ) -> None:
         if row is None:
-            self.routed.extend((index, routed, envelope, None) for routed in route(catalog, envelope))
+            self.routed.extend(
+                (index, routed, envelope, None) for routed in route(catalog, envelope)
+            )
             return
         # A parked row belongs to one instance; only that one may see it again, unless none was found.
         pinned = Routed(

@@ -1,0 +1,130 @@
+"""The relay's sweep: publishes what was committed and has not left.
+
+A worker publishes its own rows right after commit; the sweep is for what that missed, because the
+process died, the bus was away, or the row was written by a program that runs no worker. Whole
+prefixes of a lane are sent in order, so copies may appear, gaps and inversions may not
+(``protocol.md`` 3.2). Any number of relays may run.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import anyio
+
+from sagacity.core.errors import BusError, BusUnavailable, StoreError, Unavailable
+from sagacity.ports import Bus, Clock, Observer, OutboxStore
+
+log = logging.getLogger(__name__)
+
+
+class Relay:
+    """Sweeps one store's outbox onto one bus.
+
+    `age_us`: how old a row must be before the sweep takes it from the worker that wrote it.
+    """
+
+    def __init__(
+        self,
+        store: OutboxStore,
+        bus: Bus,
+        clock: Clock,
+        *,
+        age_us: int = 1_000_000,
+        limit: int = 500,
+        observer: Observer | None = None,
+    ) -> None:
+        self.store, self.bus, self.clock = store, bus, clock
+        self.age_us, self.limit, self.observer = age_us, limit, observer
+        self._wake = anyio.Event()
+        self._urgent = False
+        self._stopping = False
+        self._refused: dict[str, int] = {}
+
+    def notify(self) -> None:
+        """Something was committed that nobody publishes: sweep now, whatever its age."""
+        self._urgent = True
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Lets `run` return after the sweep under way."""
+        self._stopping = True
+        self._wake.set()
+
+    async def sweep(self, *, age_us: int | None = None) -> int:
+        """Publishes what has waited for `age_us`; returns how many messages left.
+
+        Raises BusUnavailable and Unavailable. A row that the bus refuses holds up its own lane only.
+        """
+        older_than = self.clock.now() - (self.age_us if age_us is None else age_us)
+        rows = await self.store.pending(older_than, self.limit)
+        if not rows:
+            return 0
+        try:
+            await self.bus.publish([row.envelope for row in rows])
+        except BusUnavailable:
+            raise
+        except BusError:
+            return await self._one_lane_at_a_time(older_than)
+        await self.store.published([row.seq for row in rows])
+        if self.observer is not None:
+            self.observer.notice("relay.swept", {"messages": len(rows)})
+        return len(rows)
+
+    async def _one_lane_at_a_time(self, older_than: int) -> int:
+        """One row is unacceptable to the bus: publish the others around its lane."""
+        rows = await self.store.pending(older_than, self.limit)
+        blocked: set[str] = set()
+        sent: list[int] = []
+        for row in rows:
+            lane = row.lane or f"#{row.seq}"
+            if lane in blocked:
+                continue
+            try:
+                await self.bus.publish([row.envelope])
+            except BusUnavailable:
+                break
+            except BusError as error:
+                blocked.add(lane)
+                tries = self._refused[row.envelope.id] = self._refused.get(row.envelope.id, 0) + 1
+                if tries in (1, 10) or tries % 100 == 0:
+                    log.error(
+                        "Bus refuses a message, its lane waits",
+                        extra={
+                            "message_id": row.envelope.id,
+                            "type": row.envelope.type,
+                            "tries": tries,
+                            "error": str(error),
+                        },
+                    )
+            else:
+                self._refused.pop(row.envelope.id, None)
+                sent.append(row.seq)
+        if sent:
+            await self.store.published(sent)
+        return len(sent)
+
+    async def run(self, interval_s: float = 0.5) -> None:
+        """Sweeps until `stop`; waits out servers that are away, with one log line each time."""
+        away = False
+        pause = interval_s
+        while not self._stopping:
+            self._wake = anyio.Event()
+            urgent, self._urgent = self._urgent, False
+            try:
+                moved = await self.sweep(age_us=0 if urgent else None)
+            except (BusUnavailable, Unavailable) as error:
+                if not away:
+                    log.warning("Relay waits for its servers", extra={"error": str(error)})
+                away, pause = True, min(2 * pause, 10.0)
+                moved = 0
+            except StoreError as error:
+                log.error("Relay cannot sweep", extra={"error": str(error)})
+                moved = 0
+            else:
+                if away:
+                    log.info("Relay goes on")
+                away, pause = False, interval_s
+            if moved < self.limit:
+                with anyio.move_on_after(pause):
+                    await self._wake.wait()

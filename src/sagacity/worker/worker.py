@@ -1,0 +1,349 @@
+"""One worker process of a service: everything that runs, and how it starts and stops.
+
+    bus entries ---+
+    due timeouts --+--> Cycle: load, decide, commit, publish, acknowledge
+    due parked ----+
+    parked work -----> Participants: run handlers, finish
+    outbox ----------> Relay: sweep what has not left
+    old rows --------> Janitor
+
+A stop drains: nothing new is read, what runs is finished, committed and acknowledged.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import socket
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from typing import TypeVar
+
+import anyio
+import msgspec
+
+from sagacity.core.decide import Sender
+from sagacity.core.delivery import Delivery
+from sagacity.core.errors import BusError, BusUnavailable, StoreError, Unavailable
+from sagacity.core.plan import Retry
+from sagacity.ports import Bus, Due, Observer, PendingRow, Subscription
+from sagacity.service import Service
+from sagacity.worker.config import Settings
+from sagacity.worker.cycle import Cycle, Input, Settled, due_inputs
+from sagacity.worker.janitor import Janitor
+from sagacity.worker.opening import WholeStore, until_reachable
+from sagacity.worker.participants import Participants
+from sagacity.worker.redaction import redacted
+from sagacity.worker.relay import Relay
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+ALONE_FROM = 3
+"""An entry handed out this often is run alone: it may be what ends the process."""
+KILLER_FROM = 5
+"""An entry handed out this often becomes a dead letter without being decoded."""
+BUSY_ROUNDS_MAX = 5
+"""Rounds of a few milliseconds before held instances are waited for, one message at a time."""
+FORGET_AFTER_S = 0.05
+"""Published rows are forgotten with the next commit, or after this long without one."""
+
+
+class Worker:
+    """Runs one service until it is told to stop.
+
+    `consumer` names this process in its consumer group; a name that stays the same over restarts
+    finds its own unfinished entries at once, any other name has them reclaimed.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        store: WholeStore,
+        bus: Bus,
+        settings: Settings,
+        *,
+        observer: Observer | None = None,
+        consumer: str = "",
+    ) -> None:
+        self.service, self.store, self.bus, self.settings = service, store, bus, settings
+        self.observer = observer
+        self.consumer = consumer or settings.consumer or f"{socket.gethostname()}-{os.getpid()}"
+        retry = Retry(
+            attempts_max=settings.attempts_max,
+            base_us=settings.backoff_base_ms * 1000,
+            cap_us=int(settings.backoff_cap_s * 1e6),
+            missing_us=int(settings.missing_window_s * 1e6),
+        )
+        catalog = service.catalog(Sender(service.name, limits=settings.limits), retry)
+        self.cycle = Cycle(service, catalog, store, bus, observer=observer)
+        self.relay = Relay(
+            store, bus, store.clock, age_us=settings.pending_age_ms * 1000, observer=observer
+        )
+        self.janitor = Janitor(store, settings.retention)
+        self.participants = Participants(
+            service,
+            store,
+            store.clock,
+            self._publish_of_participants,
+            retry=retry,
+            concurrency=settings.concurrency,
+            per_handler=settings.concurrency_per_handler,
+            lease_us=int(settings.lease_s * 1e6),
+            gap_us=int(settings.sequence_gap_s * 1e6),
+            observer=observer,
+        )
+        self._stopping = anyio.Event()
+        self._scope = anyio.CancelScope()
+        self._subscription: Subscription | None = None
+        self._due: list[Input] = []
+        self._due_taken = anyio.Event()
+        self._joined = False
+        self._progress_at = time.monotonic()
+        self._counts: dict[str, int] = {}
+
+    # ------------------------------------------------------------------------------------- control
+
+    def stop(self) -> None:
+        """Drains: reads nothing new, finishes what runs; `run` then returns. Call from its loop."""
+        self._stopping.set()
+        self._due_taken.set()
+        self.participants.stop()
+        self.relay.stop()
+        self.janitor.stop()
+        if self._subscription is not None:
+            self._subscription.wake()
+
+    def kill(self) -> None:
+        """Ends `run` now; what was not committed is done again by another worker."""
+        self.stop()
+        self._scope.cancel()
+
+    @property
+    def ready(self) -> bool:
+        """True once it has joined its group on a checked schema, until it is told to stop."""
+        return self._joined and not self._stopping.is_set()
+
+    def report(self) -> dict[str, object]:
+        """Live figures: outcomes so far, tasks running, seconds since the loop last moved."""
+        return {
+            "service": self.service.name,
+            "consumer": self.consumer,
+            "running": len(self.participants.running),
+            "idle_s": round(time.monotonic() - self._progress_at, 3),
+            **self._counts,
+        }
+
+    # ----------------------------------------------------------------------------------------- run
+
+    async def run(self) -> None:
+        """Works until `stop`.
+
+        Servers that are away at the start are waited for. Raises SchemaError for tables that are
+        missing or do not fit the code, and what the service's lifespan raises.
+        """
+        with self._scope:
+            async with AsyncExitStack() as stack:
+                if not await self._open(stack):
+                    return
+                try:
+                    async with anyio.create_task_group() as tasks:
+                        tasks.start_soon(self._watch_the_clock)
+                        tasks.start_soon(self._forget_published)
+                        tasks.start_soon(self.relay.run, self.settings.sweep_interval_ms / 1000)
+                        tasks.start_soon(self.janitor.run, self.settings.cleaning_interval_s)
+                        if self.participants.limits:
+                            tasks.start_soon(self.participants.run)
+                        await self._read_until_stopped()
+                        self.relay.stop()
+                finally:
+                    self._joined = False
+
+    async def _open(self, stack: AsyncExitStack) -> bool:
+        where = redacted(self.settings.store)
+        await self._wait_for("store", where, self.store.prepare)
+        if self._stopping.is_set():
+            return False
+        if self.service.lifespan is not None:
+            self.participants.state = await stack.enter_async_context(
+                self.service.lifespan(self.service)
+            )
+        subscription = await self._wait_for(
+            "bus",
+            redacted(self.settings.bus),
+            lambda: self.bus.join(self.service.name, self.consumer, self.service.topics),
+        )
+        if subscription is None:
+            return False
+        stack.push_async_callback(subscription.close)
+        self._subscription = subscription
+        self._joined = True
+        log.info(
+            "Worker joined its group",
+            extra={"service": self.service.name, "consumer": self.consumer},
+        )
+        return True
+
+    async def _wait_for(
+        self, name: str, where: str, attempt: Callable[[], Awaitable[T]]
+    ) -> T | None:
+        return await until_reachable(name, where, attempt, stopping=self._stopping)
+
+    # ------------------------------------------------------------------------------------ the loop
+
+    async def _read_until_stopped(self) -> None:
+        subscription = self._subscription
+        assert subscription is not None
+        settings = self.settings
+        busy: list[Input] = []
+        rounds = 0
+        reclaim_at = 0.0
+        while not self._stopping.is_set():
+            inputs = [*busy, *self._take_due()]
+            try:
+                wait_ms = 0 if inputs else settings.read_block_ms
+                room = max(1, settings.batch_max - len(inputs))
+                fresh = await subscription.read(room, wait_ms)
+                if time.monotonic() >= reclaim_at:
+                    fresh += await subscription.reclaim(settings.reclaim_idle_ms, room)
+                    reclaim_at = time.monotonic() + random.uniform(0.5, 1.0) * (  # noqa: S311 - jitter
+                        settings.reclaim_interval_ms / 1000
+                    )
+            except BusUnavailable as error:
+                await self._wait_out("Bus cannot be reached", error)
+                fresh = []
+            self._progress_at = time.monotonic()
+            if busy and not fresh:
+                await anyio.sleep(random.uniform(0.003, 0.010))  # noqa: S311 - jitter
+            together: list[Input] = [*inputs]
+            for delivery in fresh:
+                if delivery.attempt >= ALONE_FROM:
+                    await self._settle([_suspect(delivery)])
+                else:
+                    together.append(delivery)
+            if not together:
+                continue
+            rounds = rounds + 1 if busy else 0
+            if rounds > BUSY_ROUNDS_MAX:
+                rounds = 0
+                busy = []
+                for one in together:
+                    busy += await self._settle([one], wait=True)
+            else:
+                busy = await self._settle(together)
+
+    async def _settle(self, inputs: list[Input], *, wait: bool = False) -> list[Input]:
+        """Commits a batch, whatever it takes; returns what another worker holds.
+
+        The same batch is run again until its outcome is known: a commit whose answer was lost is
+        recognised by its own inbox rows.
+        """
+        pause = 0.05
+        while True:
+            try:
+                with anyio.CancelScope(shield=True):
+                    settled = await self.cycle.settle(inputs, wait=wait)
+                    await self._after(settled)
+                return settled.busy
+            except StoreError as error:
+                if self._stopping.is_set():
+                    log.warning("Batch is left to another worker", extra={"inputs": len(inputs)})
+                    return []
+                level = logging.WARNING if isinstance(error, Unavailable) else logging.ERROR
+                log.log(
+                    level,
+                    "Batch cannot be committed, it is run again",
+                    extra={"inputs": len(inputs), "pause_s": pause, "error": str(error)},
+                )
+                await self._pause(pause)
+                pause = min(2 * pause, 10.0)
+
+    async def _after(self, settled: Settled) -> None:
+        for outcome, count in settled.outcomes.items():
+            self._counts[str(outcome)] = self._counts.get(str(outcome), 0) + count
+        await self.cycle.publish(settled.pending)
+        if settled.done and self._subscription is not None:
+            try:
+                await self._subscription.ack(settled.done)
+            except BusError as error:
+                # They come again and are recognised.
+                log.warning(
+                    "Acknowledging failed",
+                    extra={"messages": len(settled.done), "error": str(error)},
+                )
+        if settled.work:
+            self.participants.notify()
+
+    def _take_due(self) -> list[Input]:
+        due, self._due = self._due, []
+        self._due_taken.set()
+        return due
+
+    async def _watch_the_clock(self) -> None:
+        """Brings due timeouts and parked messages to the loop."""
+        poll_us = self.settings.timeouts_poll_ms * 1000
+        saga_types = list(self.service.sagas)
+        if not saga_types:
+            return
+        while not self._stopping.is_set():
+            wait_us = poll_us
+            try:
+                due: Due = await self.store.due(saga_types, self.settings.batch_max)
+            except StoreError as error:
+                await self._wait_out("Store cannot be asked for due timeouts", error)
+                continue
+            inputs = due_inputs(due)
+            if inputs:
+                self._due_taken = anyio.Event()
+                self._due = inputs
+                assert self._subscription is not None
+                self._subscription.wake()
+                await self._due_taken.wait()
+                # The batch that took them is under way; what it settles is not due any more.
+                wait_us = 5_000
+            elif due.next_at is not None:
+                wait_us = min(poll_us, max(due.next_at - self.store.clock.now(), 1_000))
+            await self._pause(wait_us / 1e6)
+
+    async def _forget_published(self) -> None:
+        """Forgets published rows when no batch comes to do it on the way."""
+        while not self._stopping.is_set() or self.cycle.published:
+            await self._pause(FORGET_AFTER_S)
+            seqs, self.cycle.published = self.cycle.published, []
+            if not seqs:
+                continue
+            try:
+                await self.store.published(seqs)
+            except StoreError as error:
+                if self._stopping.is_set():
+                    log.warning("Published rows are left to the relay", extra={"error": str(error)})
+                    return
+                self.cycle.published = seqs + self.cycle.published
+
+    async def _publish_of_participants(self, pending: Sequence[PendingRow]) -> None:
+        await self.cycle.publish(pending)
+
+    async def _pause(self, seconds: float) -> None:
+        """Waits, unless the worker is to stop."""
+        with anyio.move_on_after(seconds):
+            await self._stopping.wait()
+            # Once stopping, a retry must not spin.
+            await anyio.sleep(min(seconds, 0.01))
+
+    async def _wait_out(self, what: str, error: Exception) -> None:
+        log.warning(what, extra={"error": str(error)})
+        await self._pause(random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+
+
+def _suspect(delivery: Delivery) -> Delivery:
+    """An entry that was handed out again and again without being acknowledged."""
+    if delivery.attempt < KILLER_FROM or delivery.envelope is None:
+        return delivery
+    text = (
+        f"handed out {delivery.attempt} times and never acknowledged: it may end the process that "
+        "works on it; it was not decoded"
+    )
+    return msgspec.structs.replace(delivery, fault=text)
