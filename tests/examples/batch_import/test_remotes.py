@@ -5,7 +5,7 @@ import json
 import signal
 import sqlite3
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def remote(system: str, processes: Callable[[str], Running], tmp_path: Path) -> 
 
 
 @contextmanager
-def alone(running: Running) -> Iterator[Running]:
+def alone(running: Running) -> Generator[Running]:
     before = {"ledger": len(running.ledger()), "calls": len(running.calls())}
 
     class Alone(Running):
