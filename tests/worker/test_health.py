@@ -22,7 +22,7 @@ class Figures:
     figures: dict[str, object]
 
     def __init__(self) -> None:
-        self.figures = {"in_flight": 2, "stalled_s": 0.0}
+        self.figures = {"in_flight": 2, "idle_s": 0.0}
 
     def report(self) -> dict[str, object]:
         return self.figures
@@ -48,7 +48,7 @@ async def test_a_ready_worker_answers_200_with_its_figures() -> None:
         assert server.address[0] == "127.0.0.1"
         answer = await get(server, "/readyz")
         assert answer.status_code == 200
-        assert answer.json() == {"status": "ok", "in_flight": 2, "stalled_s": 0.0}
+        assert answer.json() == {"status": "ok", "in_flight": 2, "idle_s": 0.0}
         assert (await get(server, "/healthz?verbose=1")).status_code == 200
 
 
@@ -64,9 +64,11 @@ async def test_a_worker_that_is_not_ready_is_alive_all_the_same() -> None:
 
 async def test_a_worker_whose_loop_stands_still_is_not_alive() -> None:
     worker = Figures()
-    worker.figures["stalled_s"] = health.STALLED_SECONDS + 1
+    worker.figures["idle_s"] = health.STALLED_SECONDS + 1
     async with HealthServer("127.0.0.1", 0, WorkerProbe(worker)) as server:
         assert (await get(server, "/healthz")).status_code == 503
+        worker.ready = False  # it waits for its servers, and starting it anew would not help
+        assert (await get(server, "/healthz")).status_code == 200
 
 
 async def test_a_question_that_fails_is_no_answer_of_health() -> None:

@@ -128,7 +128,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         dict[str, Annotated[int, Meta(ge=1, le=10_000)]],
         _of(
             "Participants",
-            "Lower limits of single handlers, by function name: 'create_account=4,send_mail=2'.",
+            "Limits of single handlers, by function name: 'create_account=4,send_mail=2'.",
         ),
     ] = {}
     lease_s: Annotated[

@@ -48,7 +48,7 @@ class Reporting(Protocol):
         ...
 
     def report(self) -> dict[str, object]:
-        """Live figures. ``stalled_s``, where given, is how long the worker's loop has not moved."""
+        """Live figures; ``idle_s`` is how long the worker's loop has not come round."""
         ...
 
 
@@ -63,10 +63,10 @@ class WorkerProbe:
         self._worker = worker
 
     def alive(self) -> tuple[bool, dict[str, object]]:
-        """False where the worker says that its loop stands still."""
-        stalled = self._worker.report().get("stalled_s", 0)
-        moving = not isinstance(stalled, int | float) or stalled < STALLED_SECONDS
-        return moving, {"stalled_s": stalled}
+        """False where the worker's loop stands still although it has joined its group."""
+        idle = self._worker.report().get("idle_s", 0)
+        moving = not isinstance(idle, int | float) or idle < STALLED_SECONDS
+        return moving or not self._worker.ready, {"idle_s": idle}
 
     def ready(self) -> tuple[bool, dict[str, object]]:
         """The worker's own word, with its figures."""
