@@ -135,6 +135,8 @@ class RecordedEvent(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """When it was recorded, in microseconds since 1970, UTC."""
     number: int
     """Grows with every recording of this process: the order of events across entities."""
+    origin: Origin
+    """The origin at the time of recording; see `originating`."""
     merge: str = ""
     """The text it was recorded with."""
 
@@ -213,7 +215,12 @@ def recorded(event: Event, merge: str = "") -> RecordedEvent:
                 f"types declared at {facts.location}; no consumer could read it"
             ) from error
     return RecordedEvent(
-        event=event, body=body, at=_now.get()(), number=next(_numbers), merge=merge
+        event=event,
+        body=body,
+        at=_now.get()(),
+        number=next(_numbers),
+        origin=_origin.get(),
+        merge=merge,
     )
 
 

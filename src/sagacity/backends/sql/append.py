@@ -33,6 +33,7 @@ __all__ = [
     "insert_rows",
     "lane_of",
     "new_id",
+    "origin_at",
     "recorded_items",
     "subject_of",
     "system_time",
@@ -130,7 +131,7 @@ def append(
 
     `events` is an event, an entity that records (its pending events are drained), or several of them.
     `subject` is ``EntityType/id``: events of one subject leave in order. `origin` defaults to the one
-    of `originating`. Returns the messages; for an async `target` it is to be awaited. Raises
+    of `originating` when they were recorded, else now. Returns the messages; for an async `target` it is to be awaited. Raises
     NotRecordable, before anything is written, for what cannot be encoded.
     """
     items = recorded_items(events, subject)
@@ -140,7 +141,7 @@ def append(
         if hand_over is not None:  # a session of ours shows them to its subscribers, too
             return hand_over(items, origin)
         connection = on.connection() if isinstance(on, Session) else on
-        made = envelopes(items, origin or current_origin(), new_id)
+        made = envelopes(items, lambda item: origin or origin_at(item), new_id)
         insert_rows(connection, made, system_time())
         return [row.envelope for row in made]
 
@@ -150,14 +151,23 @@ def append(
 
 
 def envelopes(
-    items: Iterable[tuple[str, RecordedEvent]], origin: Origin, new_id: Callable[[], str]
+    items: Iterable[tuple[str, RecordedEvent]],
+    origin_of: Callable[[RecordedEvent], Origin],
+    new_id: Callable[[], str],
 ) -> list[OutboxRow]:
     """The outbox rows of (subject, event) pairs; those without a correlation id get one in common."""
     rows: list[OutboxRow] = []
+    common = ""
     for subject, item in items:
-        message_id = new_id()
+        message_id, origin = new_id(), origin_of(item)
         if not origin.correlation_id:
-            origin = msgspec.structs.replace(origin, correlation_id=message_id)
+            common = common or message_id
+            origin = msgspec.structs.replace(origin, correlation_id=common)
         envelope = envelope_of(item, message_id=message_id, origin=origin, subject=subject)
         rows.append(OutboxRow(lane=lane_of(subject), envelope=envelope))
     return rows
+
+
+def origin_at(item: RecordedEvent) -> Origin:
+    """The origin an event was recorded with, or else the one that holds now."""
+    return current_origin() if item.origin == Origin() else item.origin

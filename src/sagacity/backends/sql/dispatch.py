@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,26 +17,14 @@ from sagacity.backends.sql.held import Written
 from sagacity.backends.sql.tables import dead_letter
 from sagacity.codec import encode_envelope
 from sagacity.core.delivery import Envelope
+from sagacity.core.errors import ConfigurationError
 from sagacity.core.messages import Event
-from sagacity.recording import Mode, Origin, Subscriber
+from sagacity.recording import Mode, Subscriber
+from sagacity.service import Context
 
-__all__ = ["EventContext", "Recording", "SubscriberFailure", "call", "call_after_commit"]
+__all__ = ["Recording", "SubscriberFailure", "call", "call_after_commit", "context_of", "wanting"]
 
 logger = logging.getLogger("sagacity.session")
-
-
-class EventContext(msgspec.Struct, frozen=True, kw_only=True):
-    """What a subscriber learns beside the event."""
-
-    envelope: Envelope
-    """The message, with its id, time, subject, cause and actor."""
-    session: Any = None
-    """The publishing session while its transaction is open (`Mode.IN_TRANSACTION`), else None."""
-
-    @property
-    def origin(self) -> Origin:
-        """The origin of what the subscriber does because of this event."""
-        return Origin.following(self.envelope, source=self.envelope.source)
 
 
 class SubscriberFailure(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,9 +67,20 @@ class Recording:
         object.__setattr__(self, "after", by_mode[Mode.AFTER_COMMIT])
 
 
-def call(
-    function: Callable[..., Any], event: Event, context: EventContext
-) -> Awaitable[Any] | None:
+def wanting(subscribers: Iterable[Subscriber], event: Event) -> list[Subscriber]:
+    """Who is to be called with an event; once each, also where several of its classes are named."""
+    return list({one.name: one for one in subscribers if one.wants(event)}.values())
+
+
+def context_of(row: Written, recording: Recording, session: Callable[[], Any]) -> Context:
+    """What a subscriber of a row learns beside the event; `session` opens its session."""
+    source = row.envelope.source or recording.service
+    return Context(
+        row.envelope, attempt=1, now=recording.now(), source=source, session=session, state=None
+    )
+
+
+def call(function: Callable[..., Any], event: Event, context: Context) -> Awaitable[Any] | None:
     """Calls a subscriber with the event, and with the context where it takes two arguments.
 
     Returns what is still to be awaited, if anything.
@@ -114,15 +113,17 @@ def call_after_commit(
     the process dies here, or the task is cancelled, the rest is lost: that is the mode's bargain.
     """
     calls = [
-        (row, subscriber)
+        (row, row.event, subscriber)
         for row in rows
-        for subscriber in recording.after
-        if subscriber.wants(row.event)
+        if row.event is not None
+        for subscriber in wanting(recording.after, row.event)
     ]
     failures: list[SubscriberFailure] = []
-    for done, (row, subscriber) in enumerate(calls):
+    for done, (row, event, subscriber) in enumerate(calls):
+        context = context_of(row, recording, _no_session)
         try:
-            settle(call(subscriber.function, row.event, EventContext(envelope=row.envelope)))
+            settle(call(subscriber.function, event, context))
+            _refuse_messages(subscriber, context)
         except Exception as error:  # noqa: BLE001 - whatever it is, the others still run
             failures.append(_failure(subscriber, row, error))
         except BaseException:
@@ -134,6 +135,21 @@ def call_after_commit(
             raise
     if failures:
         _keep(recording, failures, bind)
+
+
+def _refuse_messages(subscriber: Subscriber, context: Context) -> None:
+    if context.outgoing:
+        raise ConfigurationError(
+            f"subscriber {subscriber.name} sends messages after the commit; expected none, for they would "
+            "be lost as easily as it; subscribe it as durable"
+        )
+
+
+def _no_session() -> Any:
+    raise ConfigurationError(
+        "subscriber: there is no session after the commit; expected a session of your own, or a durable "
+        "subscriber, whose context has one"
+    )
 
 
 def _failure(subscriber: Subscriber, row: Written, error: Exception) -> SubscriberFailure:

@@ -28,9 +28,10 @@ class Standing(Enum):
 
 @dataclass(slots=True, eq=False)
 class Written:
-    """An event whose outbox row stands in the open transaction."""
+    """An outbox row of the open transaction."""
 
-    event: Event
+    event: Event | None
+    """None for a row that concerns no subscriber here, such as a command."""
     envelope: Envelope
     seq: int
     lane: str

@@ -15,13 +15,22 @@ from sqlalchemy.orm import InstanceState, Session, SessionTransaction
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
-from sagacity.backends.sql.append import envelopes, insert_rows, subject_of
-from sagacity.backends.sql.dispatch import EventContext, Recording, call, call_after_commit
+from sagacity.backends.sql.append import envelopes, insert_rows, origin_at, subject_of
+from sagacity.backends.sql.dispatch import (
+    Recording,
+    call,
+    call_after_commit,
+    context_of,
+    wanting,
+)
 from sagacity.backends.sql.held import Held, Standing, Written
 from sagacity.backends.sql.tables import outbox
 from sagacity.core.errors import ConfigurationError, StoreError
+from sagacity.core.messages import Event
+from sagacity.core.plan import OutboxRow
 from sagacity.ports import PendingRow
-from sagacity.recording import Origin, RecordedEvent, RecordsEvents, current_origin
+from sagacity.recording import Origin, RecordedEvent, RecordsEvents
+from sagacity.service import follow_ups
 
 logger = logging.getLogger("sagacity.session")
 
@@ -66,20 +75,26 @@ class Publication:
         self, items: Sequence[tuple[str, RecordedEvent]], origin: Origin | None
     ) -> list[PendingRow]:
         """Writes (subject, event) pairs as outbox rows of the open transaction."""
-        if not items:
+        rows = envelopes(items, lambda item: self._origin_of(item, origin), self.recording.new_id)
+        return self.write_rows(rows, [item.event for _, item in items])
+
+    def write_rows(
+        self, rows: Sequence[OutboxRow], events: Sequence[Event] | None = None
+    ) -> list[PendingRow]:
+        """Writes outbox rows; the subscribers of this process see those whose `events` are given."""
+        if not rows:
             return []
         connection = self._outbox_connection()
-        rows = envelopes(items, self._full_origin(origin), self.recording.new_id)
         written = insert_rows(connection, rows, self.recording.now())
         self._wrote_on = connection
+        told = iter(events or ())
         self.held.note(
-            Written(item.event, row.envelope, row.seq, row.lane)
-            for (_, item), row in zip(items, written, strict=True)
+            Written(next(told, None), row.envelope, row.seq, row.lane) for row in written
         )
         return written
 
-    def _full_origin(self, explicit: Origin | None) -> Origin:
-        origin = explicit or self.origin or current_origin()
+    def _origin_of(self, item: RecordedEvent, explicit: Origin | None) -> Origin:
+        origin = explicit or self.origin or origin_at(item)
         earlier = self.held.written
         traced = self.recording.trace_context() if self.recording.trace_context else None
         traceparent, tracestate = traced or (origin.traceparent, origin.tracestate)
@@ -137,15 +152,22 @@ class Publication:
             raise
 
     def _show(self, row: Written) -> None:
-        subscribers = [one for one in self.recording.inside if one.wants(row.event)]
-        if not subscribers:
+        event = row.event
+        if event is None:
             return
         facade: Any = async_session(self.session) or self.session
-        context = EventContext(envelope=row.envelope, session=facade)
-        for subscriber in subscribers:
-            self._settle(call(subscriber.function, row.event, context))
-        # What they recorded follows from this event. A loop of them ends at HOPS_MAX.
-        self.write_recorded(context.origin)
+        followed = False
+        for subscriber in wanting(self.recording.inside, event):
+            context = context_of(row, self.recording, lambda: facade)
+            self._settle(call(subscriber.function, event, context))
+            now = self.recording.now()
+            self.write_rows(
+                follow_ups(row.envelope, subscriber.name, context.outgoing, context.origin, now)
+            )
+            followed = True
+        if followed:
+            # What they recorded follows from this event. A loop of them ends at HOPS_MAX.
+            self.write_recorded(Origin.following(row.envelope, source=self.recording.service))
 
     def _settle(self, result: Awaitable[Any] | None) -> None:
         if result is None:

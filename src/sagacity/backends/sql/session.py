@@ -21,10 +21,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction, object_session
 
 from sagacity.backends.sql.database import configure
-from sagacity.backends.sql.dispatch import EventContext, Recording, SubscriberFailure
+from sagacity.backends.sql.dispatch import Recording, SubscriberFailure
 from sagacity.backends.sql.publication import Publication
 from sagacity.core.delivery import Envelope
 from sagacity.core.errors import ConfigurationError
+from sagacity.core.plan import OutboxRow
 from sagacity.ports import PendingRow
 from sagacity.recording import (
     Holder,
@@ -35,13 +36,14 @@ from sagacity.recording import (
     find_holders_with,
     pending,
 )
+from sagacity.service import Service
 
 __all__ = [
-    "EventContext",
     "Recording",
     "RecordingSession",
     "SagaSession",
     "SubscriberFailure",
+    "recording_of",
     "session_factory",
 ]
 
@@ -86,6 +88,10 @@ class RecordingSession(Session):
     ) -> list[Envelope]:
         """Writes (subject, event) pairs at once; see `sagacity.backends.sql.append.append`."""
         return [row.envelope for row in self.publication.write(items, origin)]
+
+    def append_envelopes(self, rows: Sequence[OutboxRow]) -> list[PendingRow]:
+        """Writes outbox rows as they are, in this transaction."""
+        return self.publication.write_rows(rows)
 
     def commit(self) -> None:
         """As SQLAlchemy's; a subscriber's veto rolls everything back before it is raised."""
@@ -146,6 +152,10 @@ class SagaSession(AsyncSession):
         """
         return await self.run_sync(lambda _: self._recorder.write_events())
 
+    async def append_envelopes(self, rows: Sequence[OutboxRow]) -> None:
+        """Writes outbox rows as they are, in this transaction (see `Service.start`)."""
+        await self.run_sync(lambda _: self._recorder.append_envelopes(rows))
+
 
 class _HasEngine(Protocol):
     @property
@@ -155,7 +165,7 @@ class _HasEngine(Protocol):
 def session_factory(
     store_or_engine: AsyncEngine | _HasEngine,
     *,
-    service: str = "",
+    service: Service | str = "",
     subscribers: Iterable[Subscriber] = (),
     nudge: Callable[[], None] | None = None,
     recording: Recording | None = None,
@@ -163,10 +173,11 @@ def session_factory(
 ) -> async_sessionmaker[SagaSession]:
     """Makes sessions on the engine of a store (or any engine) whose events become outbox rows.
 
-    `service` is the source of the events. `subscribers` are called inside the transaction or after
-    it, as their mode says; durable ones are left to the bus. `nudge` is called after each commit that
-    wrote events, to wake a relay. `recording` gives all settings at once instead. Further options go to
-    SQLAlchemy; objects stay readable after commit (``expire_on_commit=False``) unless they say otherwise.
+    `service` is the source of the events; a `Service` brings its subscribers along. `subscribers` are
+    further ones, called inside the transaction or after it, as their mode says; durable ones are left
+    to the bus. `nudge` is called after each commit that wrote events, to wake a relay. `recording` gives
+    all settings at once instead. Further options go to SQLAlchemy; objects stay readable after commit
+    (``expire_on_commit=False``) unless they say otherwise.
 
     An SQLite engine gets the store's settings (``BEGIN IMMEDIATE``, WAL), without which the driver
     begins transactions too late and breaks SAVEPOINTs.
@@ -174,9 +185,20 @@ def session_factory(
     engine = store_or_engine if isinstance(store_or_engine, AsyncEngine) else store_or_engine.engine
     if engine.dialect.name == "sqlite":
         configure(engine)
-    settings = recording or Recording(service=service, subscribers=tuple(subscribers), nudge=nudge)
+    settings = recording or recording_of(service, subscribers, nudge)
     options.setdefault("expire_on_commit", False)
     return async_sessionmaker(engine, class_=SagaSession, recording=settings, **options)
+
+
+def recording_of(
+    service: Service | str,
+    subscribers: Iterable[Subscriber] = (),
+    nudge: Callable[[], None] | None = None,
+) -> Recording:
+    """The settings of a service's sessions: its name as source, and its subscribers of this process."""
+    own = [] if isinstance(service, str) else service.local_subscribers
+    name = service if isinstance(service, str) else service.name
+    return Recording(service=name, subscribers=(*own, *subscribers), nudge=nudge)
 
 
 # ------------------------------------------------------------------------- what SQLAlchemy tells us
