@@ -203,15 +203,16 @@ class Participants:
             arguments = (message, context) if participant.takes_context else (message,)
             finish: Finish
             try:
+                # What entities recorded is written as the session finishes: it has the same origin.
                 with originating(context.origin):
                     async with self._place_of(participant):
                         result = await _limited(participant, arguments)
-                finish = self._done(task, participant, context, result)
-                if opened.used:
-                    pending = await work.finish(finish)
-                    self._notice(task, "done")
-                    await self.publish(pending)
-                    return
+                    finish = self._done(task, participant, context, result)
+                    if opened.used:
+                        pending = await work.finish(finish)
+                        self._notice(task, "done")
+                        await self.publish(pending)
+                        return
             except (Conflict, Unavailable):
                 raise
             except Refused as error:

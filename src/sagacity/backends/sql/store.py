@@ -16,7 +16,7 @@ from sagacity.backends.sql.dialects import Dialect, Given, dialect_of, read
 from sagacity.backends.sql.rows import due_timeout_of, parked_of
 from sagacity.backends.sql.tables import IS_OF_SAGA, parked, timeout
 from sagacity.backends.sql.transaction import SqlTransaction
-from sagacity.backends.sql.work import SessionFactory, SqlWork, plain_session
+from sagacity.backends.sql.work import SessionFactory, SqlWork, recording_session
 from sagacity.core.instance import Instance
 from sagacity.core.plan import OutboxRow, TransitionRow
 from sagacity.ports import (
@@ -42,7 +42,7 @@ class SqlStore:
         url_or_engine: str | URL | AsyncEngine,
         *,
         clock: Clock | None = None,
-        session_factory: SessionFactory = plain_session,
+        session_factory: SessionFactory = recording_session,
         deadline_s: float = 40.0,
     ) -> None:
         """Nothing is opened yet.
@@ -51,7 +51,8 @@ class SqlStore:
             url_or_engine: Where the database is. An engine of yours is used as it is, its connections
                 get this store's settings, and `close` leaves it open.
             clock: The time of the store; by default the database's.
-            session_factory: Makes the session of a participant's task out of the engine.
+            session_factory: Makes the session of a participant's task out of the engine; by default one
+                that publishes what entities record.
             deadline_s: Seconds after which an unanswered statement counts as `Unavailable`; more than
                 the server's own timeouts, which are 30 s.
 

@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sagacity.backends.sql import outbox
 from sagacity.backends.sql.database import Database, OpenTransaction
 from sagacity.backends.sql.errors import lost_to_others, translated
+from sagacity.backends.sql.session import SagaSession
 from sagacity.backends.sql.tasks import end
 from sagacity.core.errors import Conflict, Unavailable
 from sagacity.ports import Finish, PendingRow, Task
@@ -22,9 +23,9 @@ SessionFactory = Callable[[AsyncEngine], AsyncSession]
 """Makes the session of one task; it must not begin a transaction before its first use."""
 
 
-def plain_session(engine: AsyncEngine) -> AsyncSession:
-    """SQLAlchemy's own session."""
-    return AsyncSession(engine, expire_on_commit=False)
+def recording_session(engine: AsyncEngine) -> AsyncSession:
+    """A session whose entities' recorded events leave with the task's commit."""
+    return SagaSession(engine, expire_on_commit=False)
 
 
 class SqlWork:
