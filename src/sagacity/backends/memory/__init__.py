@@ -2,5 +2,6 @@
 
 from sagacity.backends.memory.bus import MemoryBus, MemorySubscription
 from sagacity.backends.memory.clock import SystemClock
+from sagacity.backends.memory.store import MemoryStore, MemoryTransaction
 
-__all__ = ["MemoryBus", "MemorySubscription", "SystemClock"]
+__all__ = ["MemoryBus", "MemoryStore", "MemorySubscription", "MemoryTransaction", "SystemClock"]
