@@ -1,0 +1,115 @@
+"""A command as a real process whose output a test can wait for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+ROOT = Path(__file__).parents[2]
+DEADLINE_S = 20.0
+
+
+class Command:
+    """``python -m sagacity ARGUMENTS``, ended for good when the ``with`` block is left."""
+
+    def __init__(
+        self,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        directory: Path = ROOT,
+        module: str = "sagacity",
+    ) -> None:
+        self._arguments: Sequence[str] = [sys.executable, "-m", module, *arguments]
+        self._environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("SAGACITY_")},
+            "PYTHONUNBUFFERED": "1",
+            **(environment or {}),
+        }
+        self._directory = directory
+        self._changed = threading.Condition()
+        self._output = ""
+
+    def __enter__(self) -> Self:
+        self._process = subprocess.Popen(
+            self._arguments,
+            cwd=self._directory,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        self._reader.join(DEADLINE_S)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def output(self) -> str:
+        """Everything printed so far."""
+        with self._changed:
+            return self._output
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def until(self, text: str, *, times: int = 1) -> str:
+        """Waits until `text` was printed so often, and returns the output."""
+        return self.until_true(lambda output: output.count(text) >= times, f"{text!r} x{times}")
+
+    def until_true(self, holds: Callable[[str], bool], what: str) -> str:
+        end = time.monotonic() + DEADLINE_S
+        with self._changed:
+            while not holds(self._output):
+                left = end - time.monotonic()
+                ended = not self._reader.is_alive()
+                if left <= 0 or ended:
+                    reason = "it ended" if ended else "nothing came"
+                    raise AssertionError(f"expected {what}, but {reason}:\n{self._output}")
+                self._changed.wait(min(left, 0.2))
+            return self._output
+
+    def ended(self, within_s: float = DEADLINE_S) -> int:
+        """Waits for the end and returns the exit status."""
+        try:
+            status = self._process.wait(within_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"expected an end, but it runs on:\n{self.output}") from None
+        self._reader.join(DEADLINE_S)
+        return status
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            with self._changed:
+                self._output += line
+                self._changed.notify_all()
+        with self._changed:
+            self._changed.notify_all()
+
+
+def eventually(holds: Callable[[], bool], what: str) -> None:
+    """Polls until `holds`; for what no signal tells."""
+    end = time.monotonic() + DEADLINE_S
+    while not holds():
+        assert time.monotonic() < end, f"expected that {what}"
+        time.sleep(0.02)
