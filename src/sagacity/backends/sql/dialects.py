@@ -124,6 +124,8 @@ class Dialect(ABC):
         self, connection: Connection, table: Table, columns: tuple[str, ...], rows: Sequence[Row]
     ) -> int:
         """Deletes the rows with these values and returns how many."""
+        if not rows:
+            return 0
         statement, given = _delete(self, table, columns)
         return connection.execute(statement, given.arguments(rows)).rowcount
 
@@ -193,6 +195,8 @@ class PostgresqlDialect(Dialect):
         replace: bool = False,
     ) -> int:
         """One statement over arrays."""
+        if not rows:
+            return 0
         statement, given = _postgresql_insert(table, columns, replace)
         return _rows_written(connection.execute(statement, given.arguments(rows), **_COUNTED))
 
@@ -205,6 +209,8 @@ class PostgresqlDialect(Dialect):
         rows: Sequence[Row],
     ) -> int:
         """One statement over arrays."""
+        if not rows:
+            return 0
         statement, given = _postgresql_update(table, match, change)
         return connection.execute(statement, given.arguments(rows)).rowcount
 
@@ -312,6 +318,8 @@ def _executemany(
     connection: Connection, statement: Any, names: Sequence[str], rows: Sequence[Row]
 ) -> int:
     parameters = [dict(zip(names, row, strict=True)) for row in rows]
+    if not parameters:
+        return 0
     return _rows_written(connection.execute(statement, parameters, **_COUNTED))
 
 

@@ -63,21 +63,18 @@ def write_plan(connection: Connection, plan: Plan, published: Sequence[int]) -> 
 
 def _write_sagas(connection: Connection, plan: Plan) -> None:
     dialect = dialect_of(connection)
-    if plan.saga_inserts:
-        rows = sorted(saga_row(instance) for instance in plan.saga_inserts)
-        written = dialect.insert(connection, saga, SAGA_COLUMNS, rows)
-        _all(written, rows, "new instances", "another worker started them first")
-    if plan.saga_updates:
-        rows = sorted(saga_change(instance, before) for instance, before in plan.saga_updates)
-        written = dialect.update(connection, saga, SAGA_MATCH, SAGA_CHANGE, rows)
-        _all(written, rows, "instances at the expected version", "another worker changed them")
+    rows = sorted(saga_row(instance) for instance in plan.saga_inserts)
+    written = dialect.insert(connection, saga, SAGA_COLUMNS, rows)
+    _all(written, rows, "new instances", "another worker started them first")
+    rows = sorted(saga_change(instance, before) for instance, before in plan.saga_updates)
+    written = dialect.update(connection, saga, SAGA_MATCH, SAGA_CHANGE, rows)
+    _all(written, rows, "instances at the expected version", "another worker changed them")
 
 
 def _write_inbox(connection: Connection, plan: Plan) -> None:
-    if plan.inbox:
-        rows = sorted(inbox_row(row, plan.now) for row in plan.inbox)
-        written = dialect_of(connection).insert(connection, inbox, INBOX_COLUMNS, rows)
-        _all(written, rows, "unseen messages", "another worker handled them")
+    rows = sorted(inbox_row(row, plan.now) for row in plan.inbox)
+    written = dialect_of(connection).insert(connection, inbox, INBOX_COLUMNS, rows)
+    _all(written, rows, "unseen messages", "another worker handled them")
 
 
 def _all(written: int, rows: Sequence[Row], what: str, why: str) -> None:
@@ -92,19 +89,13 @@ def _all(written: int, rows: Sequence[Row], what: str, why: str) -> None:
 
 def _write_correlations(connection: Connection, plan: Plan) -> None:
     dialect = dialect_of(connection)
-    if plan.correlations:
-        rows = sorted({correlation_row(row) for row in plan.correlations})
-        written = dialect.insert(connection, correlation, CORRELATION_COLUMNS, rows)
-        if written != len(rows):
-            # Something was there: harmless, unless it is a unique value of somebody else.
-            _check_owners(connection, [row for row in plan.correlations if row.unique])
-    if plan.correlations_dropped:
-        dialect.delete(
-            connection,
-            correlation,
-            ("saga_type", "saga_key"),
-            sorted({(kind, key.encode()) for kind, key in plan.correlations_dropped}),
-        )
+    rows = sorted({correlation_row(row) for row in plan.correlations})
+    written = dialect.insert(connection, correlation, CORRELATION_COLUMNS, rows)
+    if written != len(rows):
+        # Something was there: harmless, unless it is a unique value of somebody else.
+        _check_owners(connection, [row for row in plan.correlations if row.unique])
+    dropped = sorted({(kind, key.encode()) for kind, key in plan.correlations_dropped})
+    dialect.delete(connection, correlation, ("saga_type", "saga_key"), dropped)
 
 
 def _check_owners(connection: Connection, rows: Collection[CorrelationRow]) -> None:
@@ -137,25 +128,21 @@ def _owners(dialect: Dialect) -> tuple[Select[Any], Given]:
 
 def _write_timeouts(connection: Connection, plan: Plan) -> None:
     dialect = dialect_of(connection)
-    if plan.timeouts_cancelled:
-        keys = sorted({(uid.encode(), name.encode()) for uid, name in plan.timeouts_cancelled})
-        dialect.delete(connection, timeout, ("uid", "name"), keys)
-    if plan.timeouts:
-        last = {(row.uid, row.name): row for row in plan.timeouts}
-        rows = sorted(timeout_row(row) for row in last.values())
-        dialect.insert(connection, timeout, TIMEOUT_COLUMNS, rows, replace=True)
+    keys = sorted({(uid.encode(), name.encode()) for uid, name in plan.timeouts_cancelled})
+    dialect.delete(connection, timeout, ("uid", "name"), keys)
+    last = {(row.uid, row.name): row for row in plan.timeouts}
+    rows = sorted(timeout_row(row) for row in last.values())
+    dialect.insert(connection, timeout, TIMEOUT_COLUMNS, rows, replace=True)
 
 
 def _write_parked(connection: Connection, plan: Plan) -> None:
     dialect = dialect_of(connection)
-    if plan.unparked:
-        keys = sorted({(who.encode(), id_.encode()) for who, id_ in plan.unparked})
-        written = dialect.delete(connection, parked, ("consumer", "message_id"), keys)
-        _all(written, keys, "parked messages", "another worker took them over")
-    if plan.parked:
-        rows = sorted((parked_row(row) for row in plan.parked), key=lambda row: row[:2])
-        written = dialect.insert(connection, parked, PARKED_COLUMNS, rows)
-        _all(written, rows, "messages that are not parked yet", "another worker parked them")
+    keys = sorted({(who.encode(), id_.encode()) for who, id_ in plan.unparked})
+    written = dialect.delete(connection, parked, ("consumer", "message_id"), keys)
+    _all(written, keys, "parked messages", "another worker took them over")
+    rows = sorted((parked_row(row) for row in plan.parked), key=lambda row: row[:2])
+    written = dialect.insert(connection, parked, PARKED_COLUMNS, rows)
+    _all(written, rows, "messages that are not parked yet", "another worker parked them")
     if plan.released:
         statement, given = _released(dialect)
         keys = sorted({(who.encode(), id_.encode()) for who, id_ in plan.released})
@@ -195,9 +182,7 @@ def write_records(
 ) -> None:
     """Writes dead letters and history, which nothing can be in conflict with."""
     dialect = dialect_of(connection)
-    if dead_letters:
-        rows = [dead_letter_row(row) for row in dead_letters]
-        dialect.insert(connection, dead_letter, DEAD_LETTER_COLUMNS, rows)
-    if transitions:
-        rows = [transition_row(row) for row in transitions]
-        dialect.insert(connection, transition, TRANSITION_COLUMNS, rows)
+    letters = [dead_letter_row(row) for row in dead_letters]
+    dialect.insert(connection, dead_letter, DEAD_LETTER_COLUMNS, letters)
+    lines = [transition_row(row) for row in transitions]
+    dialect.insert(connection, transition, TRANSITION_COLUMNS, lines)

@@ -87,8 +87,6 @@ def _finished(connection: Connection, end: int, limit: int) -> int:
         .limit(limit)
     )
     rows = connection.execute(dialect.locked(chosen, saga, wait=False)).all()
-    if not rows:
-        return 0
     keys = sorted((row.saga_type, row.saga_key) for row in rows)
     columns = ("saga_type", "saga_key")
     dialect.delete(connection, correlation, columns, keys)

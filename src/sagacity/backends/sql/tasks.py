@@ -165,8 +165,6 @@ def claim(
 
 
 def _lock_free_lanes(connection: Connection, lanes: list[tuple[bytes]], now: int) -> set[bytes]:
-    if not lanes:
-        return set()
     dialect = dialect_of(connection)
     columns = ("lane", "next_sequence", "token", "lease_until", "at")
     dialect.insert(connection, lane, columns, [(name, 1, b"", 0, now) for (name,) in lanes])
@@ -302,9 +300,8 @@ def end(
     over = [finish for finish in ours if finish.retry_at is None]
     dialect.delete(connection, parked, ("consumer", "message_id"), [_key(f.task) for f in over])
     again = [_tried_again(finish) for finish in ours if finish.retry_at is not None]
-    if again:
-        change = ("due_at", "attempts", "error", "token", "lease_until")
-        dialect.update(connection, parked, ("consumer", "message_id"), change, again)
+    change = ("due_at", "attempts", "error", "token", "lease_until")
+    dialect.update(connection, parked, ("consumer", "message_id"), change, again)
     buried = sorted(
         {
             (finish.task.row.envelope.undoes.encode(), finish.task.row.consumer.encode(), now)
@@ -312,8 +309,7 @@ def end(
             if finish.task.row.envelope.undoes
         }
     )
-    if buried:
-        dialect.insert(connection, tombstone, ("command_id", "consumer", "at"), buried)
+    dialect.insert(connection, tombstone, ("command_id", "consumer", "at"), buried)
     _free_their_lanes(connection, ours, numbers, now)
     written = outbox.append_rows(connection, [row for f in ours for row in f.outbox], now)
     write_records(connection, [f.dead_letter for f in ours if f.dead_letter is not None])
@@ -343,14 +339,13 @@ def _free_their_lanes(
         counted = finish.retry_at is None and not row.envelope.undoes
         if counted and name in after:
             after[name] = max(after[name], row.sequence + 1)
-    if after:
-        dialect_of(connection).update(
-            connection,
-            lane,
-            ("lane",),
-            ("next_sequence", "token", "lease_until", "at"),
-            [(name, number, b"", 0, now) for name, number in sorted(after.items())],
-        )
+    dialect_of(connection).update(
+        connection,
+        lane,
+        ("lane",),
+        ("next_sequence", "token", "lease_until", "at"),
+        [(name, number, b"", 0, now) for name, number in sorted(after.items())],
+    )
 
 
 def next_due(connection: Connection, consumers: Collection[str], now: int) -> int | None:

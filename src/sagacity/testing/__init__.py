@@ -1,0 +1,1 @@
+"""What tests of sagas, buses and stores are made of."""
