@@ -54,6 +54,8 @@ class Settled(msgspec.Struct):
     """What to publish, in order."""
     work: bool
     """True where participants have something new to do."""
+    due: bool
+    """True where parked messages of sagas, or timeouts, may be due at once."""
     outcomes: dict[Outcome, int]
 
 
@@ -72,6 +74,8 @@ class Cycle:
     ) -> None:
         self.service, self.catalog, self.store, self.bus = service, catalog, store, bus
         self.observer, self.payload_bytes_max = observer, payload_bytes_max
+        self.waiting = True
+        """True while messages may be parked for instances that do not exist."""
         self.published: list[int] = []
         """Pending rows that left; forgotten in the next batch's transaction."""
 
@@ -149,6 +153,7 @@ class Cycle:
             busy=first.busy + second.busy,
             pending=first.pending + second.pending,
             work=first.work or second.work,
+            due=first.due or second.due,
             outcomes=outcomes,
         )
 
@@ -163,7 +168,7 @@ class Cycle:
         batch = _Sorted(self.service, self.catalog, inputs, refused)
         published = list(self.published)
         if batch.nothing_to_write and not published:
-            return Settled(batch.deliveries, [], [], work=False, outcomes={})
+            return Settled(batch.deliveries, [], [], work=False, due=False, outcomes={})
         async with self.store.transaction() as transaction:
             now = transaction.now
             arrivals, expanded = await self._arrivals(transaction, batch)
@@ -176,7 +181,7 @@ class Cycle:
             dead = batch.dead_letters(now)
             known = await transaction.known(
                 inbox={
-                    *((a.consumer, a.envelope.id) for a in arrivals if a.source is Source.BUS),
+                    *(guard for arrival in arrivals for guard in arrival.guards),
                     *((row.consumer, row.message_id) for row in work),
                     *((row.consumer, row.message_id) for row in dead),
                 },
@@ -229,6 +234,9 @@ class Cycle:
             busy=[inputs[i] for i in sorted(busy)],
             pending=pending,
             work=has_work,
+            due=bool(plan.released)
+            or any(timeout.due_at <= now for timeout in plan.timeouts)
+            or bool(plan.woken and self.waiting),
             outcomes=counts,
         )
 

@@ -100,7 +100,8 @@ class Worker:
         self._scope = anyio.CancelScope()
         self._subscription: Subscription | None = None
         self._due: list[Input] = []
-        self._due_taken = anyio.Event()
+        self._due_settled = anyio.Event()
+        self._clock_wake = anyio.Event()
         self._joined = False
         self._progress_at = time.monotonic()
         self._counts: dict[str, int] = {}
@@ -110,7 +111,8 @@ class Worker:
     def stop(self) -> None:
         """Drains: reads nothing new, finishes what runs; `run` then returns. Call from its loop."""
         self._stopping.set()
-        self._due_taken.set()
+        self._due_settled.set()
+        self._clock_wake.set()
         self.participants.stop()
         self.relay.stop()
         self.janitor.stop()
@@ -202,7 +204,8 @@ class Worker:
         rounds = 0
         reclaim_at = 0.0
         while not self._stopping.is_set():
-            inputs = [*busy, *self._take_due()]
+            due, self._due = self._due, []
+            inputs = [*busy, *due]
             try:
                 wait_ms = 0 if inputs else settings.read_block_ms
                 room = max(1, settings.batch_max - len(inputs))
@@ -234,6 +237,8 @@ class Worker:
                     busy += await self._settle([one], wait=True)
             else:
                 busy = await self._settle(together)
+            if due:
+                self._due_settled.set()
 
     async def _settle(self, inputs: list[Input], *, wait: bool = False) -> list[Input]:
         """Commits a batch, whatever it takes; returns what another worker holds.
@@ -276,11 +281,8 @@ class Worker:
                 )
         if settled.work:
             self.participants.notify()
-
-    def _take_due(self) -> list[Input]:
-        due, self._due = self._due, []
-        self._due_taken.set()
-        return due
+        if settled.due:
+            self._clock_wake.set()
 
     async def _watch_the_clock(self) -> None:
         """Brings due timeouts and parked messages to the loop."""
@@ -290,6 +292,7 @@ class Worker:
             return
         while not self._stopping.is_set():
             wait_us = poll_us
+            self._clock_wake = anyio.Event()
             try:
                 due: Due = await self.store.due(saga_types, self.settings.batch_max)
             except StoreError as error:
@@ -297,16 +300,16 @@ class Worker:
                 continue
             inputs = due_inputs(due)
             if inputs:
-                self._due_taken = anyio.Event()
+                self._due_settled = anyio.Event()
                 self._due = inputs
                 assert self._subscription is not None
                 self._subscription.wake()
-                await self._due_taken.wait()
-                # The batch that took them is under way; what it settles is not due any more.
-                wait_us = 5_000
+                await self._due_settled.wait()
+                wait_us = 5_000  # held instances come again by themselves
             elif due.next_at is not None:
                 wait_us = min(poll_us, max(due.next_at - self.store.clock.now(), 1_000))
-            await self._pause(wait_us / 1e6)
+            with anyio.move_on_after(wait_us / 1e6):
+                await self._clock_wake.wait()
 
     async def _forget_published(self) -> None:
         """Forgets published rows when no batch comes to do it on the way."""
