@@ -38,11 +38,11 @@ class Noted(Event, topic="orders"):
     text: str
 
 
-class Base(DeclarativeBase):
+class Model(DeclarativeBase):
     pass
 
 
-class Order(RecordsEvents, Base):
+class Order(RecordsEvents, Model):
     __tablename__ = "orders"
     id: Mapped[int] = mapped_column(primary_key=True)
     ref: Mapped[str] = mapped_column(unique=True)
@@ -69,14 +69,14 @@ class Order(RecordsEvents, Base):
         self.record(LineAdded(product))
 
 
-class Line(RecordsEvents, Base):
+class Line(RecordsEvents, Model):
     __tablename__ = "lines"
     id: Mapped[int] = mapped_column(primary_key=True)
     order_id: Mapped[int] = mapped_column(ForeignKey("orders.id"))
     product: Mapped[str]
 
 
-class Seat(RecordsEvents, Base):
+class Seat(RecordsEvents, Model):
     __tablename__ = "seats"
     train: Mapped[str] = mapped_column(primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True)
@@ -113,7 +113,7 @@ class Database:
     async def failures(self) -> list[Any]:
         return await self.read(select(dead_letter).order_by(dead_letter.c.id))
 
-    async def count(self, entity: type[Base]) -> int:
+    async def count(self, entity: type[Model]) -> int:
         return int((await self.read(select(func.count()).select_from(entity)))[0][0])
 
 
@@ -124,7 +124,7 @@ async def fresh_database(url: str) -> AsyncIterator[Database]:
     try:
         async with engine.begin() as connection:
             await connection.run_sync(metadata.create_all)
-            await connection.run_sync(Base.metadata.create_all)
+            await connection.run_sync(Model.metadata.create_all)
         yield Database(engine)
     finally:
         await engine.dispose()

@@ -29,7 +29,7 @@ from sagacity.core.plan import OutboxRow
 from sagacity.recording import Mode, Origin, Subscriber, envelope_of, recorded
 from sagacity.service import Context, Service, subscribes
 from tests.backends.sql.orders import (
-    Base,
+    Model,
     Database,
     Noted,
     Order,
@@ -241,7 +241,7 @@ async def test_an_async_subscriber_needs_an_async_session() -> None:
     def commit_in_a_thread() -> None:  # where nobody could await
         engine = create_engine("sqlite://")
         metadata.create_all(engine)
-        Base.metadata.create_all(engine)
+        Model.metadata.create_all(engine)
         with RecordingSession(engine, recording=recording) as session:
             session.add(Order.place("o1"))
             with pytest.raises(ConfigurationError, match="async subscriber"):

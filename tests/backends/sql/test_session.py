@@ -22,7 +22,7 @@ from sagacity.core.delivery import Envelope
 from sagacity.core.errors import ConfigurationError, NotRecordable
 from sagacity.recording import Origin, RecordsEvents, originating
 from tests.backends.sql.orders import (
-    Base,
+    Model,
     Database,
     Line,
     LineAdded,
@@ -729,7 +729,7 @@ async def test_entities_of_another_database_are_refused(sqlite_url: str, tmp_pat
     other = open_engine(f"sqlite+aiosqlite:///{tmp_path / 'other.db'}")
     async with fresh_database(sqlite_url) as database:
         async with other.begin() as connection:
-            await connection.run_sync(Base.metadata.create_all)
+            await connection.run_sync(Model.metadata.create_all)
         sessions = session_factory(database.engine, binds={Order: other, Line: other})
         async with sessions() as session:
             session.add(Order.place("o1"))
@@ -749,7 +749,7 @@ async def test_a_session_class_that_cannot_record_is_refused(database: Database)
 async def test_the_synchronous_session_publishes_too(tmp_path: Any) -> None:
     engine = create_engine(f"sqlite:///{tmp_path / 'sync.db'}")
     metadata.create_all(engine)
-    Base.metadata.create_all(engine)
+    Model.metadata.create_all(engine)
     with RecordingSession(engine) as session, session.begin():
         session.add(Order.place("o1"))
     with engine.connect() as connection:
