@@ -12,7 +12,7 @@ import msgspec
 
 from sagacity.core.definition import Definition, Handler, Kind
 from sagacity.core.delivery import HOPS_MAX, Envelope, derived_id
-from sagacity.core.effects import CancelTimeout, Correlate, Publish, Send, SetTimeout
+from sagacity.core.effects import CancelTimeout, Correlate, Encoded, Publish, Send, SetTimeout
 from sagacity.core.errors import DecodeError, HandlerError, LimitExceeded
 from sagacity.core.instance import (
     Armed,
@@ -24,7 +24,6 @@ from sagacity.core.instance import (
     Undoable,
 )
 from sagacity.core.messages import (
-    Command,
     CommandDone,
     CommandFailed,
     Event,
@@ -158,55 +157,67 @@ def decide(
     handler and must not be used again.
     """
     kind, trigger = trigger_of(envelope, message)
+    start = definition.starts.get(trigger) if kind == "event" else None
     if instance is None:
-        start = definition.starts.get(trigger) if kind == "event" else None
-        if start is None:
+        # A reply is for the instance that asked, and for no other.
+        if start is None or envelope.saga_uid:
             return Decision(handled=False, missing=True, reason="no instance")
-        return _Step(
-            definition, _unborn(definition, key, envelope, now), envelope, now, sender
-        ).run(start, message)
+        unborn = _unborn(definition, key, envelope, now)
+        return _Step(definition, unborn, envelope, now, sender).run(start, message)
     if envelope.saga_uid and envelope.saga_uid != instance.uid:
         return Decision(handled=False, reason="meant for an earlier instance of this key")
     if instance.status.finished:
-        start = definition.starts.get(trigger) if kind == "event" else None
-        if start is None or not definition.restartable:
+        if start is None or not definition.restartable or envelope.saga_uid:
             return Decision(handled=False, reason=f"instance is {instance.status}")
-        reborn = msgspec.structs.replace(
-            _unborn(definition, instance.key, envelope, now), version=instance.version
-        )
+        unborn = _unborn(definition, instance.key, envelope, now)
+        reborn = msgspec.structs.replace(unborn, version=instance.version)
         return _Step(definition, reborn, envelope, now, sender).run(start, message)
 
     step = _Step(definition, instance, envelope, now, sender)
     if isinstance(message, CONTROL):
         return step.control(message)
-    if isinstance(message, TimeoutDue) and not step.fire(message):
+    if isinstance(message, TimeoutDue) and not step.armed_as(message):
         return Decision(handled=False, reason="stale timeout")
-    answered = step.answer(message)
+    answers = step.answers()
+    if isinstance(message, CommandDone | CommandFailed) and not answers:
+        return Decision(handled=False, reason="answers no command that is pending")
     if instance.status is not Status.RUNNING:
-        if not answered:
+        if not answers:
             return Decision(handled=False, reason=f"instance is {instance.status}")
+        step.answer(envelope, message)
         step.go_on_compensating()
         return step.decision("")
+    step.check_known()
     handler = definition.handler(instance.state, kind, trigger)
+    if handler is None and definition.waits(instance.state, kind, trigger):
+        # Its command stays pending and its timeout armed, so that nobody takes it for dealt with.
+        return step.defer()
+    if answers:
+        step.answer(envelope, message)
+    if isinstance(message, TimeoutDue):
+        step.fire(message)
     if handler is not None:
         return step.run(handler, message)
-    if definition.waits(instance.state, kind, trigger):
-        return step.defer()
     if isinstance(message, CommandFailed):
         step.compensate(f"{message.command_type} failed: {message.reason}")
         return step.decision("")
-    if answered or isinstance(message, TimeoutDue):
+    if answers or isinstance(message, TimeoutDue):
         return step.decision("")
     return Decision(handled=False, reason=f"not expected in state {instance.state!r}")
 
 
 def take_deferred(definition: Definition, instance: Instance) -> tuple[Envelope, Instance] | None:
-    """The first waiting event that the present state handles, and the instance without it."""
-    if instance.status is not Status.RUNNING:
+    """The first waiting message that need not wait longer, and the instance without it.
+
+    That is one that the present state handles, or that no state reachable from here does.
+    """
+    if instance.status is not Status.RUNNING or instance.state not in definition.states:
         return None
     for index, envelope in enumerate(instance.ledger.deferred):
         kind, trigger = _deferred_trigger(envelope)
-        if definition.handler(instance.state, kind, trigger) is not None:
+        if definition.handler(instance.state, kind, trigger) is not None or not definition.waits(
+            instance.state, kind, trigger
+        ):
             rest = instance.ledger.deferred[:index] + instance.ledger.deferred[index + 1 :]
             ledger = msgspec.structs.replace(instance.ledger, deferred=rest)
             return envelope, msgspec.structs.replace(instance, ledger=ledger)
@@ -279,7 +290,8 @@ class _Step:
         self.generation = ledger.generation
         self.keys = dict(ledger.keys)
         self.sequence = dict(ledger.sequence)
-        self.compensation = ledger.compensation
+        self.schema_version = instance.schema_version
+        self.compensation: Compensation | None = ledger.compensation
         self.emitted: list[Envelope] = []
         self.set: dict[str, Armed] = {}
         self.cancelled: list[str] = []
@@ -288,30 +300,30 @@ class _Step:
 
     # ----------------------------------------------------------------------- answers and timeouts
 
-    def fire(self, message: TimeoutDue) -> bool:
-        """Disarms a timeout that fired; False where it was replaced or cancelled meanwhile."""
+    def armed_as(self, message: TimeoutDue) -> bool:
+        """False for a timeout that was set anew or cancelled since."""
         armed = self.armed.get(message.name)
-        if armed is None or armed.generation != message.generation:
-            return False
-        del self.armed[message.name]
-        return True
+        return armed is not None and armed.generation == message.generation
 
-    def answer(self, message: Message) -> bool:
-        """Takes note that a command was answered; False where this message answers none."""
-        command_id = self.envelope.in_reply_to
-        pending = self.pending.pop(command_id, None) if command_id else None
+    def fire(self, message: TimeoutDue) -> None:
+        """Disarms a timeout whose time has come."""
+        del self.armed[message.name]
+
+    def answers(self) -> bool:
+        """True where the message answers a command that is pending."""
+        return self.envelope.in_reply_to in self.pending
+
+    def answer(self, envelope: Envelope, message: Message | None) -> None:
+        """Takes note that a command was answered, if it is pending."""
+        command_id = envelope.in_reply_to
+        pending = self.pending.pop(command_id, None)
         if pending is None:
-            return False
+            return
         if pending.undoes:
             self._undo_answered(command_id, message)
         elif isinstance(message, CommandFailed):
             if message.refused:
-                self.undo = [entry for entry in self.undo if entry.command_id != command_id]
-                if self.compensation is not None:
-                    rest = tuple(
-                        e for e in self.compensation.remaining if e.command_id != command_id
-                    )
-                    self.compensation = msgspec.structs.replace(self.compensation, remaining=rest)
+                self._refused(command_id)
         else:
             self.undo = [
                 msgspec.structs.replace(entry, confirmed=True)
@@ -319,9 +331,20 @@ class _Step:
                 else entry
                 for entry in self.undo
             ]
-        return True
 
-    def _undo_answered(self, undo_id: str, message: Message) -> None:
+    def _refused(self, command_id: str) -> None:
+        """A command that certainly had no effect needs no undo."""
+        self.undo = [entry for entry in self.undo if entry.command_id != command_id]
+        if (compensation := self.compensation) is not None:
+            needless = {k for k, e in compensation.failed.items() if e.command_id == command_id}
+            self.compensation = msgspec.structs.replace(
+                compensation,
+                remaining=tuple(e for e in compensation.remaining if e.command_id != command_id),
+                failed={k: e for k, e in compensation.failed.items() if k not in needless},
+                errors={k: e for k, e in compensation.errors.items() if k not in needless},
+            )
+
+    def _undo_answered(self, undo_id: str, message: Message | None) -> None:
         compensation = self.compensation
         if compensation is None or undo_id not in compensation.under_way:
             return
@@ -348,19 +371,24 @@ class _Step:
 
     # ----------------------------------------------------------------------------------- handlers
 
-    def run(self, handler: Handler, message: Message) -> Decision:
-        """Calls the handler and gives its effects their meaning."""
+    def check_known(self) -> None:
+        """Raises HandlerError for an instance that this code does not understand."""
         definition, before = self.definition, self.before
         if before.schema_version > definition.version:
             raise HandlerError(
-                f"{definition.saga_type} {before.key!r} was stored by version {before.schema_version} of the class; "
-                f"expected {definition.version} or older; this worker runs older code"
+                f"{definition.saga_type} {before.key!r} was stored by version {before.schema_version} of "
+                f"the class; expected {definition.version} or older; this worker runs older code"
             )
-        if before.state and before.state not in definition.states:
+        if before.state not in definition.states:
             raise HandlerError(
-                f"{definition.saga_type} {before.key!r} is stored in state {before.state!r}; expected one of "
-                f"{', '.join(definition.states)}; keep the old state in the class until no instance is in it"
+                f"{definition.saga_type} {before.key!r} is stored in state {before.state!r}; expected one "
+                f"of {', '.join(definition.states)}; keep the old state in the class until no instance "
+                "is in it"
             )
+
+    def run(self, handler: Handler, message: Message) -> Decision:
+        """Calls the handler and gives its effects their meaning."""
+        definition, before = self.definition, self.before
         saga = definition.decode(before.data)
         turn = Turn(
             definition,
@@ -369,19 +397,19 @@ class _Step:
             key=before.key,
             uid=before.uid,
             state=self.state,
-            targets=handler.goto,
+            targets=handler.targets(self.state),
             pending=self.pending,
         )
-        saga.__dict__["_turn"] = turn
-        run_handler(saga, handler.function, message, takes=handler.takes)
+        run_handler(saga, turn, handler.function, message, takes=handler.takes)
         self.state = self._next_state(handler, turn)
         self.data = definition.encode(saga)
+        self.schema_version = definition.version
         for effect in turn.effects:
             match effect:
                 case Send():
                     self._send(effect)
                 case Publish():
-                    self._emit(effect.event, effect.message_id)
+                    self._emit(effect.event, effect.message_id, addressed=False)
                 case SetTimeout():
                     self._arm(effect)
                 case CancelTimeout():
@@ -405,90 +433,102 @@ class _Step:
         )
 
     def _send(self, effect: Send) -> None:
-        facts = message_type(effect.command)
-        number = self.sequence.get(facts.topic, 0) + 1
-        self.sequence[facts.topic] = number
-        self._emit(effect.command, effect.command_id, sequence=number)
-        self.pending[effect.command_id] = PendingCommand(
-            effect.command_id, facts.name, facts.topic, self.now
-        )
-        if effect.undo is not None:
-            undo = message_type(effect.undo)
+        facts, undo, command_id = effect.command.type, effect.undo, effect.command_id
+        number = self.sequence[facts.topic] = self.sequence.get(facts.topic, 0) + 1
+        self._emit(effect.command, command_id, addressed=True, sequence=number)
+        self.pending[command_id] = PendingCommand(command_id, facts.name, facts.topic, self.now)
+        if undo is not None:
+            self._check_size(undo)
             self.undo.append(
                 Undoable(
-                    effect.command_id,
+                    command_id,
                     facts.name,
                     facts.topic,
-                    undo.name,
-                    undo.version,
-                    encode_message(effect.undo),
+                    undo.type.name,
+                    undo.type.version,
+                    undo.body,
                 )
             )
 
-    def _emit(self, message: Message, message_id: str, *, sequence: int = 0) -> None:
-        facts = message_type(message)
-        body = encode_message(message)
-        self._emit_encoded(
-            facts.name,
-            facts.topic,
-            facts.version,
-            body,
-            message_id,
-            addressed=isinstance(message, Command),
-            sequence=sequence,
-        )
+    def _check_size(self, message: Encoded) -> None:
+        limit = self.sender.limits.payload_bytes_max
+        if len(message.body) > limit:
+            raise LimitExceeded(
+                f"{self.before.type} {self.before.key!r}: {message.type.name} has {len(message.body)} "
+                f"bytes; expected at most {limit}; send a reference to the data"
+            )
 
-    def _emit_encoded(
-        self,
-        name: str,
-        topic: str,
-        version: int,
-        body: bytes,
-        message_id: str,
-        *,
-        addressed: bool,
-        sequence: int = 0,
-        undoes: str = "",
+    def _emit(
+        self, message: Encoded, message_id: str, *, addressed: bool, sequence: int = 0
     ) -> None:
-        before, cause, limits = self.before, self.envelope, self.sender.limits
-        if len(body) > limits.payload_bytes_max:
+        before, facts, limit = self.before, message.type, self.sender.limits.commands_max
+        self._check_size(message)
+        if len(self.emitted) >= limit:
             raise LimitExceeded(
-                f"{before.type} {before.key!r}: {name} has {len(body)} bytes; expected at most "
-                f"{limits.payload_bytes_max}; send a reference to the data"
+                f"{before.type} {before.key!r}: one step sends more than {limit} messages; expected "
+                "fewer; send one command for many of them, or go in several steps"
             )
-        if len(self.emitted) >= limits.commands_max:
-            raise LimitExceeded(
-                f"{before.type} {before.key!r}: more than {limits.commands_max} messages in one step"
-            )
-        # A reply or a timeout continues this instance; anything else is a hop further from the start.
-        own = cause.in_reply_to or cause.type == _TIMEOUT
-        hops = 1 + (before.ledger.hops if own else max(before.ledger.hops, cause.hops))
+        hops = self._hops()
         if hops > HOPS_MAX:
             raise LimitExceeded(
-                f"{before.type} {before.key!r}: {name} would be hop {hops}; expected at most {HOPS_MAX}; "
-                "sagas that start or answer each other in a circle never end"
+                f"{before.type} {before.key!r}: {facts.name} would be hop {hops}; expected at most "
+                f"{HOPS_MAX}; sagas that start or answer each other in a circle never end"
             )
-        self.emitted.append(
-            Envelope(
-                id=message_id,
-                type=name,
-                topic=topic,
-                version=version,
-                body=body,
-                time=self.now,
-                source=self.sender.service,
-                correlation_id=before.ledger.correlation_id,
-                causation_id=cause.id,
-                actor=before.ledger.actor,
-                hops=hops,
-                saga_type=before.type if addressed else "",
-                saga_key=before.key if addressed else "",
-                saga_uid=before.uid if addressed else "",
-                reply_to=self.sender.reply_to if addressed else "",
-                reply_topics=self.sender.reply_topics if addressed else (),
-                sequence=sequence,
-                undoes=undoes,
-            )
+        envelope = self._envelope(
+            facts.name, facts.topic, facts.version, message.body, message_id, hops
+        )
+        if addressed:
+            envelope = self._addressed(envelope, sequence=sequence)
+        self.emitted.append(envelope)
+
+    def _emit_undo(self, undo_id: str, entry: Undoable) -> None:
+        """No limit applies: what was done must be undone."""
+        envelope = self._envelope(
+            entry.undo_type,
+            entry.topic,
+            entry.undo_version,
+            entry.undo_body,
+            undo_id,
+            min(self._hops(), HOPS_MAX),
+        )
+        self.emitted.append(self._addressed(envelope, undoes=entry.command_id))
+
+    def _hops(self) -> int:
+        """A reply to this instance, or its timeout, goes on where it started; anything else is a
+        hop further.
+        """
+        before, cause = self.before.ledger, self.envelope
+        own = cause.type == _TIMEOUT or (cause.in_reply_to and cause.saga_uid == self.before.uid)
+        return 1 + (before.hops if own else max(before.hops, cause.hops))
+
+    def _envelope(
+        self, name: str, topic: str, version: int, body: bytes, message_id: str, hops: int
+    ) -> Envelope:
+        return Envelope(
+            id=message_id,
+            type=name,
+            topic=topic,
+            version=version,
+            body=body,
+            time=self.now,
+            source=self.sender.service,
+            correlation_id=self.before.ledger.correlation_id,
+            causation_id=self.envelope.id,
+            actor=self.before.ledger.actor,
+            hops=hops,
+        )
+
+    def _addressed(self, envelope: Envelope, *, sequence: int = 0, undoes: str = "") -> Envelope:
+        """A command carries the return address."""
+        return msgspec.structs.replace(
+            envelope,
+            saga_type=self.before.type,
+            saga_key=self.before.key,
+            saga_uid=self.before.uid,
+            reply_to=self.sender.reply_to,
+            reply_topics=self.sender.reply_topics,
+            sequence=sequence,
+            undoes=undoes,
         )
 
     def _arm(self, effect: SetTimeout) -> None:
@@ -514,7 +554,12 @@ class _Step:
     # ------------------------------------------------------------------------------- compensation
 
     def compensate(self, reason: str) -> None:
-        """Starts to undo: forward handling stops, timeouts are disarmed, early events dropped."""
+        """Starts to undo: forward handling stops, timeouts are disarmed, early events dropped.
+
+        Answers among the early ones still say what was refused, and so need not be undone.
+        """
+        for envelope in self.deferred:
+            self.answer(envelope, decode_framework(envelope))
         self.reason = reason
         self.status = Status.COMPENSATING
         self.compensation = Compensation(reason=reason, remaining=tuple(self.undo))
@@ -532,20 +577,13 @@ class _Step:
         compensation = self.compensation
         assert compensation is not None
         remaining, under_way = list(compensation.remaining), dict(compensation.under_way)
-        while remaining and not compensation.failed and (self.definition.parallel or not under_way):
+        together = self.sender.limits.commands_max if self.definition.parallel else 1
+        while remaining and not compensation.failed and len(under_way) < together:
             entry = remaining.pop()
             undo_id = derived_id(
                 self.before.uid, entry.command_id, "undo", str(compensation.attempt)
             )
-            self._emit_encoded(
-                entry.undo_type,
-                entry.topic,
-                entry.undo_version,
-                entry.undo_body,
-                undo_id,
-                addressed=True,
-                undoes=entry.command_id,
-            )
+            self._emit_undo(undo_id, entry)
             self.pending[undo_id] = PendingCommand(
                 undo_id, entry.undo_type, entry.topic, self.now, undoes=entry.command_id
             )
@@ -569,9 +607,13 @@ class _Step:
                 return self.decision("")
             case RetryUndo(reason=reason) if compensation is not None and compensation.failed:
                 self.reason = reason
+                place = {entry.command_id: number for number, entry in enumerate(self.undo)}
+                left = [*compensation.remaining, *compensation.failed.values()]
                 self.compensation = msgspec.structs.replace(
                     compensation,
-                    remaining=(*compensation.remaining, *compensation.failed.values()),
+                    remaining=tuple(
+                        sorted(left, key=lambda entry: place.get(entry.command_id, -1))
+                    ),
                     failed={},
                     errors={},
                     attempt=compensation.attempt + 1,
@@ -624,7 +666,7 @@ class _Step:
             version=before.version + 1,
             status=self.status,
             state=self.state,
-            schema_version=definition.version,
+            schema_version=self.schema_version,
             data=self.data,
             ledger=ledger,
             updated_at=self.now,

@@ -1,24 +1,35 @@
-"""What a saga handler may ask for. A handler only records these; `decide` gives them meaning."""
+"""What a saga handler may ask for. A handler only records these; `decide` gives them meaning.
+
+Messages are encoded the moment they are handed over, so that nothing the handler does later to a
+list inside one can change what is sent.
+"""
 
 from __future__ import annotations
 
 import msgspec
 
-from sagacity.core.messages import Command, Event
+from sagacity.core.messages import MessageType
+
+
+class Encoded(msgspec.Struct, frozen=True):
+    """A message as it will leave."""
+
+    type: MessageType
+    body: bytes
 
 
 class Send(msgspec.Struct, frozen=True):
     """Send `command`; should the saga compensate, send `undo`."""
 
-    command: Command
-    undo: Command | None
+    command: Encoded
+    undo: Encoded | None
     command_id: str
 
 
 class Publish(msgspec.Struct, frozen=True):
     """Publish `event` to whoever listens."""
 
-    event: Event
+    event: Encoded
     message_id: str
 
 

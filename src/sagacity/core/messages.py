@@ -12,8 +12,9 @@ topic is the address of that service.
 
 from __future__ import annotations
 
+import inspect
 import re
-import sys
+from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
 
 import msgspec
@@ -48,8 +49,17 @@ class MessageType(msgspec.Struct, frozen=True):
 
 def caller_location(depth: int) -> str:
     """``file:line`` of the code `depth` frames above the caller of this function."""
-    frame = sys._getframe(depth + 1)
+    frame = calling_frame(depth + 1)
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def calling_frame(depth: int) -> FrameType:
+    """The frame `depth` above the caller of this function."""
+    frame = inspect.currentframe()
+    for _ in range(depth + 1):
+        frame = frame and frame.f_back
+    assert frame is not None
+    return frame
 
 
 if TYPE_CHECKING:
@@ -120,7 +130,7 @@ else:
                     f"message {class_name}: expected a version of 1 or more, got {version}",
                     location,
                 )
-            kind = "command" if any(base.__name__ == "Command" for base in cls.__mro__) else "event"
+            kind = "command" if cls.__is_command__ else "event"
             cls.__message_type__ = MessageType(name, topic, version, kind, location)
             return cls
 
@@ -128,12 +138,15 @@ else:
         """An immutable record that travels between services; subclass `Event` or `Command`."""
 
         __message_type__: ClassVar[MessageType]
+        __is_command__: ClassVar[bool] = False
 
     class Event(Message, abstract=True):
         """Something that happened. Anybody may listen; nobody is asked to."""
 
     class Command(Message, abstract=True):
         """Something one service must do, and answer. Its topic is that service's address."""
+
+        __is_command__: ClassVar[bool] = True
 
 
 def message_type(message: Message | type[Message]) -> MessageType:

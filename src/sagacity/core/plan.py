@@ -17,14 +17,15 @@ from sagacity.core.decide import (
     Sender,
     TimeoutDue,
     decide,
+    decode_framework,
     is_control,
     take_deferred,
     timeout_envelope,
 )
 from sagacity.core.definition import Definition
 from sagacity.core.delivery import Envelope, encode_entry, spread
-from sagacity.core.errors import DecodeError, KeyTaken
-from sagacity.core.instance import Instance
+from sagacity.core.errors import DecodeError, KeyTaken, LimitExceeded
+from sagacity.core.instance import Instance, Status
 from sagacity.core.messages import Message
 
 
@@ -71,6 +72,8 @@ class Arrival(msgspec.Struct, frozen=True, kw_only=True):
     """Empty where a further key was looked up and no instance has it."""
     parks_as: str = ""
     """Consumer of the parked row should it fail; by default `consumer`."""
+    by: tuple[str, str] | None = None
+    """Name and value of the further key it was looked up by."""
     waits_for: str = ""
     """``key name=value`` it looked by; what it waits for where there is no instance."""
     missing: str = "ignore"
@@ -82,6 +85,34 @@ class Arrival(msgspec.Struct, frozen=True, kw_only=True):
     """When it was first parked."""
     delivery: int = -1
     """Index of the delivery in its batch; -1 for what does not come from the bus."""
+    looked_up: bool = False
+    """True where instances are looked up by a further key: another look may find other ones."""
+
+    @property
+    def guards(self) -> tuple[tuple[str, str], ...]:
+        """The inbox keys to read for it, (consumer, message id), whose presence is told in `Known.seen`.
+
+        A message that is looked up leaves ``type#key`` for each instance it reached, ``type#`` for
+        having reached any, and ``type`` where it found none and was parked, ignored or given up.
+        """
+        message_id = self.envelope.id
+        match self.source:
+            case Source.BUS if self.looked_up:
+                names = dict.fromkeys((self.consumer, self.saga_type, f"{self.saga_type}#"))
+                return tuple((name, message_id) for name in names)
+            case Source.BUS:
+                return ((self.consumer, message_id),)
+            case Source.PARKED if (
+                self.looked_up and self.saga_key and self.consumer != self.instance_consumer
+            ):
+                return ((self.instance_consumer, message_id),)
+            case _:
+                return ()
+
+    @property
+    def instance_consumer(self) -> str:
+        """Inbox name that names the instance too."""
+        return f"{self.saga_type}#{self.saga_key}"
 
 
 class Outcome(StrEnum):
@@ -213,30 +244,35 @@ class Plan(msgspec.Struct, kw_only=True):
     """What one transaction writes. All lists may be empty; a store writes them in this order."""
 
     now: int
-    saga_inserts: list[Instance] = msgspec.field(default_factory=list)
+    saga_inserts: list[Instance] = msgspec.field(default_factory=list[Instance])
     """New instances. One that exists already is a lost race: the store raises Conflict."""
-    saga_updates: list[tuple[Instance, int]] = msgspec.field(default_factory=list)
+    saga_updates: list[tuple[Instance, int]] = msgspec.field(
+        default_factory=list[tuple[Instance, int]]
+    )
     """The instance after, and the version it had before: fewer rows updated raise Conflict."""
-    inbox: list[InboxRow] = msgspec.field(default_factory=list)
+    inbox: list[InboxRow] = msgspec.field(default_factory=list[InboxRow])
     """A row that exists already raises Conflict."""
-    correlations: list[CorrelationRow] = msgspec.field(default_factory=list)
+    correlations_dropped: list[tuple[str, str]] = msgspec.field(
+        default_factory=list[tuple[str, str]]
+    )
+    """(saga_type, saga_key) of finished instances whose keys are free again; deleted before
+    `correlations` are written, which may be those of the next instance with that key."""
+    correlations: list[CorrelationRow] = msgspec.field(default_factory=list[CorrelationRow])
     """A unique one that belongs to another instance raises KeyTaken; a known one is no error."""
-    correlations_dropped: list[tuple[str, str]] = msgspec.field(default_factory=list)
-    """(saga_type, saga_key) of finished instances whose keys are free again."""
-    outbox: list[OutboxRow] = msgspec.field(default_factory=list)
-    timeouts_cancelled: list[tuple[str, str]] = msgspec.field(default_factory=list)
+    outbox: list[OutboxRow] = msgspec.field(default_factory=list[OutboxRow])
+    timeouts_cancelled: list[tuple[str, str]] = msgspec.field(default_factory=list[tuple[str, str]])
     """(uid, name); one that is not there is no error. Deleted before `timeouts` are written."""
-    timeouts: list[TimeoutRow] = msgspec.field(default_factory=list)
-    unparked: list[tuple[str, str]] = msgspec.field(default_factory=list)
+    timeouts: list[TimeoutRow] = msgspec.field(default_factory=list[TimeoutRow])
+    unparked: list[tuple[str, str]] = msgspec.field(default_factory=list[tuple[str, str]])
     """(consumer, message_id) of parked rows this batch took over; a missing one raises Conflict."""
-    parked: list[ParkedRow] = msgspec.field(default_factory=list)
+    parked: list[ParkedRow] = msgspec.field(default_factory=list[ParkedRow])
     """May name a row of `unparked` again: it was taken over and failed once more."""
-    released: list[tuple[str, str]] = msgspec.field(default_factory=list)
+    released: list[tuple[str, str]] = msgspec.field(default_factory=list[tuple[str, str]])
     """(consumer, message_id) of parked rows that are due at once from now on; missing is no error."""
-    woken: list[tuple[str, str]] = msgspec.field(default_factory=list)
+    woken: list[tuple[str, str]] = msgspec.field(default_factory=list[tuple[str, str]])
     """(saga_type, lane): rows parked for a missing instance that are due at once from now on."""
-    dead_letters: list[DeadLetterRow] = msgspec.field(default_factory=list)
-    transitions: list[TransitionRow] = msgspec.field(default_factory=list)
+    dead_letters: list[DeadLetterRow] = msgspec.field(default_factory=list[DeadLetterRow])
+    transitions: list[TransitionRow] = msgspec.field(default_factory=list[TransitionRow])
 
     @property
     def lanes(self) -> set[str]:
@@ -246,10 +282,7 @@ class Plan(msgspec.Struct, kw_only=True):
     @property
     def empty(self) -> bool:
         """True where the transaction would write nothing."""
-        return not any(
-            isinstance(value, list) and value
-            for value in (getattr(self, name) for name in self.__struct_fields__)
-        )
+        return not any(getattr(self, name) for name in self.__struct_fields__ if name != "now")
 
 
 # ------------------------------------------------------------------------------------- plan_batch
@@ -270,14 +303,10 @@ class Retry(msgspec.Struct, frozen=True):
     def due_at(self, now: int, attempts: int, *key: str) -> int:
         """When attempt number `attempts` + 1 is due.
 
-        Each gap is drawn from between the previous bound and the next, which doubles up to the cap:
-        gaps always grow, and messages that failed together spread over half the time to the next.
+        The first gap is between half of `base_us` and `base_us`; both bounds double with each
+        attempt up to the cap. So gaps always grow, and messages that failed together spread out.
         """
-        low = (
-            min(self.cap_us // 2, self.base_us << min(attempts - 1, 40))
-            if attempts > 1
-            else self.base_us // 2
-        )
+        low = min(self.cap_us // 2, self.base_us // 2 << min(max(attempts - 1, 0), 40))
         return now + low + int(low * spread(*key, str(attempts)))
 
 
@@ -348,23 +377,30 @@ def arrivals_of(
     Where the message may reach several instances the inbox key names the instance too.
     """
     saga_type = routed.definition.saga_type
-    fans_out = routed.lookup is not None or len(routed.keys) > 1
+    looked_up = routed.lookup is not None
+    if row is not None and row.saga_key:
+        keys = (row.saga_key,)  # it was parked for this one; the others had their own rows
+    fans_out = looked_up or len(routed.keys) > 1
     made: list[Arrival] = []
     for key in keys or ("",):
         own = f"{saga_type}#{key}" if fans_out and key else saga_type
+        waits_for = routed.waits_for
+        if len(routed.keys) > 1:
+            waits_for = f"{routed.definition.key_field}={key}"
         made.append(
             Arrival(
                 envelope=envelope,
-                consumer=row.consumer if row is not None else own,
+                consumer=own if row is None else row.consumer,
                 saga_type=saga_type,
                 saga_key=key,
-                parks_as=own if row is None or len(keys) > 1 else row.consumer,
-                waits_for=routed.waits_for,
+                parks_as=row.consumer if row is not None and not (looked_up and key) else own,
+                waits_for=waits_for,
                 missing=routed.missing,
                 source=source,
                 attempts=row.attempts if row is not None else 0,
                 parked_at=row.parked_at if row is not None else 0,
                 delivery=delivery,
+                looked_up=looked_up,
             )
         )
     return made
@@ -432,23 +468,63 @@ class _Batch:
         self.instances = dict(loaded.instances)
         self.changed: set[tuple[str, str]] = set()
         self.taken: set[tuple[str, str]] = set()
-        self.accepted: set[tuple[str, str]] = set()
+        self.seen = set(known.seen)
+        self.due = set(known.timeouts)
+        self.met: dict[tuple[str, str, str], list[str]] = {}
+        """(saga type, key name, value) -> instances that took up this key in this batch."""
+        self.reached: set[tuple[str, str, str]] = set()
+        """(message id, saga type, saga key) that have met."""
 
     def fold(self, arrivals: Sequence[Arrival]) -> list[Outcome]:
+        """Handles each arrival in turn; the ones that found no instance once more at the end.
+
+        No result may depend on which messages share a batch: a message also meets the instances that
+        took up its key earlier in this batch, which the store could not know of.
+        """
         # A parked row that reaches several instances is taken over once, for all of them or none.
         held = {
             (a.consumer, a.envelope.id)
             for a in arrivals
             if a.source is Source.PARKED and (a.saga_type, a.saga_key) in self.loaded.busy
         }
-        return [
+        outcomes = [
             Outcome.BUSY
             if a.source is Source.PARKED and (a.consumer, a.envelope.id) in held
-            else self.arrive(a)
+            else self.meet(a)
             for a in arrivals
         ]
+        return [
+            self.meet_late(arrival) if outcome is None else outcome
+            for arrival, outcome in zip(arrivals, outcomes, strict=True)
+        ]
 
-    def arrive(self, arrival: Arrival) -> Outcome:
+    def meet(self, arrival: Arrival) -> Outcome | None:
+        """The arrival at its instance and at those that took up its key in this batch.
+
+        None: there is no instance so far.
+        """
+        outcome: Outcome | None = None
+        if arrival.saga_key:
+            self.reached.add((arrival.envelope.id, arrival.saga_type, arrival.saga_key))
+            outcome = self.arrive(arrival)
+        for key in self.met.get((arrival.saga_type, *arrival.by), ()) if arrival.by else ():
+            spot = (arrival.envelope.id, arrival.saga_type, key)
+            if spot not in self.reached:
+                self.reached.add(spot)
+                outcome = self.arrive(_at(arrival, key))
+        return outcome
+
+    def meet_late(self, arrival: Arrival) -> Outcome:
+        """What found no instance may have one now; else its policy decides."""
+        if (arrival.saga_type, arrival.saga_key) in self.instances or arrival.by:
+            outcome = self.meet(arrival)
+            if outcome is not None:
+                return outcome
+        if not self.admitted(arrival):
+            return Outcome.DUPLICATE
+        return self.accept(arrival, self.missing(arrival))
+
+    def arrive(self, arrival: Arrival) -> Outcome | None:
         place = (arrival.saga_type, arrival.saga_key)
         if place in self.loaded.busy:
             return Outcome.BUSY
@@ -456,12 +532,13 @@ class _Batch:
             return Outcome.DUPLICATE
         instance = self.instances.get(place)
         if instance is not None and self.must_wait(instance, arrival):
-            outcome = self.park_behind(arrival, instance)
-        else:
-            outcome = self.handle(arrival, place, instance)
-        if arrival.source is Source.BUS:
-            self.accepted.add((arrival.consumer, arrival.envelope.id))
-            self.plan.inbox.append(InboxRow(arrival.consumer, arrival.envelope.id, outcome))
+            return self.accept(arrival, self.park_behind(arrival, instance))
+        outcome = self.handle(arrival, place, instance)
+        return None if outcome is None else self.accept(arrival, outcome)
+
+    def accept(self, arrival: Arrival, outcome: Outcome) -> Outcome:
+        """Notes that the message has been taken over."""
+        self.receipt(arrival, outcome)
         return outcome
 
     # ------------------------------------------------------------------------------------- guards
@@ -471,8 +548,12 @@ class _Batch:
         message_id = arrival.envelope.id
         match arrival.source:
             case Source.BUS:
-                guard = (arrival.consumer, message_id)
-                return guard not in self.known.seen and guard not in self.accepted
+                names = {arrival.consumer}
+                if arrival.looked_up:
+                    names |= {arrival.saga_type}
+                    if not arrival.saga_key:
+                        names |= {f"{arrival.saga_type}#"}
+                return not any((name, message_id) in self.seen for name in names)
             case Source.PARKED:
                 guard = (arrival.consumer, message_id)
                 if guard not in self.known.parked:
@@ -480,59 +561,90 @@ class _Batch:
                 if guard not in self.taken:
                     self.taken.add(guard)
                     self.plan.unparked.append(guard)
-                return True
+                return not any(guard in self.seen for guard in arrival.guards)
             case Source.TIMEOUT:
-                message = self.catalog.decode(arrival.envelope)
+                message = decode_framework(arrival.envelope)
                 assert isinstance(message, TimeoutDue)
-                uid = arrival.envelope.saga_uid
-                if (uid, message.name, message.generation) not in self.known.timeouts:
+                row = (arrival.envelope.saga_uid, message.name, message.generation)
+                if row not in self.due:
                     return False
-                self.known.timeouts.discard((uid, message.name, message.generation))
-                self.plan.timeouts_cancelled.append((uid, message.name))
+                self.due.discard(row)
+                self.plan.timeouts_cancelled.append(row[:2])
                 return True
+
+    def receipt(self, arrival: Arrival, outcome: Outcome) -> None:
+        """Notes in the inbox that the message has been taken."""
+        guards: list[tuple[str, str]] = []
+        if arrival.source is Source.BUS:
+            guards.append((arrival.consumer, arrival.envelope.id))
+            if arrival.looked_up and arrival.saga_key:
+                guards.append((f"{arrival.saga_type}#", arrival.envelope.id))
+        elif arrival.source is Source.PARKED:
+            guards += arrival.guards
+        for guard in guards:
+            if guard not in self.seen:
+                self.seen.add(guard)
+                self.plan.inbox.append(InboxRow(*guard, outcome))
 
     def must_wait(self, instance: Instance, arrival: Arrival) -> bool:
         """True where an earlier message of the instance failed and is still to be tried again."""
         queue = instance.ledger.parked
-        if not queue or instance.status.finished or is_control(arrival.envelope):
+        if not queue or instance.status is not Status.RUNNING or is_control(arrival.envelope):
             return False
-        return queue[0] != (arrival.parks_as or arrival.consumer, arrival.envelope.id)
+        return queue[0] != _queued(arrival)
 
     # ------------------------------------------------------------------------------------ outcomes
 
     def handle(
         self, arrival: Arrival, place: tuple[str, str], instance: Instance | None
-    ) -> Outcome:
+    ) -> Outcome | None:
+        """Lets the core decide; None where there is no instance, and may be one later."""
         definition = self.catalog.definitions[arrival.saga_type]
         try:
             message = self.catalog.decode(arrival.envelope)
         except DecodeError as error:
-            return self.dead(arrival, instance, "mistyped", str(error))
+            return self.dead(arrival, instance, "mistyped", _printable(str(error)))
         if arrival.envelope.id in self.refused:
             return self.failed(arrival, instance, self.refused[arrival.envelope.id])
         try:
-            decision = decide(
-                definition,
-                instance if arrival.saga_key else None,
-                arrival.envelope,
-                message,
-                self.now,
-                self.catalog.sender,
-                key=arrival.saga_key,
-            )
-            self.claim(place, decision)
-        except Exception as error:
+            decision = self.decide(definition, instance, arrival.envelope, message, place)
+        except LimitExceeded as error:
+            # Trying again would only hold up what might bring the instance forward.
+            return self.dead(arrival, instance, "failed", _traceback(error), attempts=1)
+        except Exception as error:  # noqa: BLE001 - whatever a handler raises is its message's fate
             return self.failed(arrival, instance, _traceback(error))
         if decision.missing:
-            return self.missing(arrival)
-        self.unblock(arrival, instance if decision.instance is None else decision.instance)
+            return None if arrival.missing == "wait" else self.missing(arrival)
         if decision.instance is None:
+            self.settled(arrival, instance)
             return Outcome.IGNORED
-        self.apply(arrival.envelope, instance, decision)
+        after = self.dequeued(arrival, decision.instance)
+        self.apply(arrival.envelope, instance, decision, after)
         if decision.deferred:
             return Outcome.DEFERRED
-        self.replay_deferred(definition, place)
+        self.replay_deferred(place)
         return Outcome.HANDLED
+
+    def decide(
+        self,
+        definition: Definition,
+        instance: Instance | None,
+        envelope: Envelope,
+        message: Message,
+        place: tuple[str, str],
+    ) -> Decision:
+        """`decide`, and the unique keys it claims are free. Raises what the handler raises."""
+        decision = decide(
+            definition,
+            instance,
+            envelope,
+            message,
+            self.now,
+            self.catalog.sender,
+            key=place[1],
+        )
+        self.claim(place, decision)
+        return decision
 
     def claim(self, place: tuple[str, str], decision: Decision) -> None:
         """Unique keys belong to one instance; raises KeyTaken for the second."""
@@ -544,40 +656,32 @@ class _Batch:
                 raise KeyTaken(*claim, owner)
         self.claims.update(dict.fromkeys(claims, saga_key))
 
-    def apply(self, envelope: Envelope, before: Instance | None, decision: Decision) -> None:
-        """Adds the rows of one decision."""
-        after = decision.instance
-        assert after is not None
-        # `unblock` may have shortened the queue of a copy that is already noted.
-        place = (after.type, after.key)
-        noted = self.instances.get(place)
-        if (
-            noted is not None
-            and noted.uid == after.uid
-            and noted.ledger.parked != after.ledger.parked
-        ):
-            after = _with_parked(after, noted.ledger.parked)
-        plan, uid = self.plan, after.uid
-        if after.status.finished and after.ledger.parked:
-            # Nothing will unblock them one by one any more; each is ignored when it comes.
-            plan.released.extend(after.ledger.parked)
+    def apply(
+        self, envelope: Envelope, before: Instance | None, decision: Decision, after: Instance
+    ) -> None:
+        """Adds the rows of one decision; `after` is its instance, with the queue as it is now."""
+        plan, uid, place = self.plan, after.uid, (after.type, after.key)
+        if after.status is not Status.RUNNING and after.ledger.parked:
+            # Order means nothing any more; each is looked at once, and ignored or taken as an answer.
+            plan.released.extend(
+                entry for entry in after.ledger.parked if entry not in plan.released
+            )
             after = _with_parked(after, ())
         self.note(after)
         plan.outbox.extend(OutboxRow(uid, emitted) for emitted in decision.emitted)
-        plan.timeouts_cancelled.extend((uid, name) for name in decision.cancelled)
-        for name, armed in decision.timeouts.items():
-            plan.timeouts_cancelled.append((uid, name))
-            plan.timeouts = [row for row in plan.timeouts if (row.uid, row.name) != (uid, name)]
-            plan.timeouts.append(
-                TimeoutRow(uid, name, armed.generation, armed.due_at, after.type, after.key)
-            )
-        for name in decision.cancelled:
-            plan.timeouts = [row for row in plan.timeouts if (row.uid, row.name) != (uid, name)]
+        replaced = {*decision.cancelled, *decision.timeouts}
+        plan.timeouts_cancelled.extend((uid, name) for name in sorted(replaced))
+        plan.timeouts = [row for row in plan.timeouts if row.uid != uid or row.name not in replaced]
+        plan.timeouts.extend(
+            TimeoutRow(uid, name, armed.generation, armed.due_at, after.type, after.key)
+            for name, armed in decision.timeouts.items()
+        )
         for key in decision.correlated:
             plan.correlations.append(
                 CorrelationRow(after.type, key.name, key.value, after.key, key.unique)
             )
             plan.woken.append((after.type, f"{key.name}={key.value}"))
+            self.met.setdefault((after.type, key.name, key.value), []).append(after.key)
         if before is None or before.uid != uid:
             definition = self.catalog.definitions[after.type]
             plan.woken.append((after.type, f"{definition.key_field}={after.key}"))
@@ -586,23 +690,19 @@ class _Batch:
                 row for row in plan.correlations if (row.saga_type, row.saga_key) != place
             ]
             plan.correlations_dropped.append(place)
-        if not decision.deferred:
-            plan.transitions.append(_transition(envelope, before, after, decision))
+            self.claims = {c: key for c, key in self.claims.items() if (c[0], key) != place}
+        plan.transitions.append(_transition(envelope, before, after, decision))
 
-    def replay_deferred(self, definition: Definition, place: tuple[str, str]) -> None:
+    def replay_deferred(self, place: tuple[str, str]) -> None:
         """After a transition, early events that are handled now, in the order they came."""
-        while True:
+        definition = self.catalog.definitions[place[0]]
+        while (taken := take_deferred(definition, self.instances[place])) is not None:
             instance = self.instances[place]
-            taken = take_deferred(definition, instance)
-            if taken is None:
-                return
             envelope, rest = taken
             try:
                 message = self.catalog.decode(envelope)
-                decision = decide(
-                    definition, rest, envelope, message, self.now, self.catalog.sender
-                )
-            except Exception as error:
+                decision = self.decide(definition, rest, envelope, message, place)
+            except Exception as error:  # noqa: BLE001 - as in `handle`
                 # It left the instance; from here on it is a message that failed once.
                 arrival = Arrival(
                     envelope=envelope,
@@ -613,12 +713,18 @@ class _Batch:
                     parked_at=self.now,
                 )
                 self.note(msgspec.structs.replace(rest, version=rest.version + 1))
-                self.failed(arrival, self.instances[place], _traceback(error))
+                text = _traceback(error)
+                if isinstance(error, LimitExceeded | DecodeError):
+                    self.dead(arrival, None, "failed", text, attempts=1)
+                elif (
+                    self.failed(arrival, self.instances[place], text, first=True) is Outcome.PARKED
+                ):
+                    return  # the later ones stay where they are until it is done
                 continue
-            if decision.instance is None:
-                self.note(msgspec.structs.replace(rest, version=rest.version + 1))
-            else:
-                self.apply(envelope, instance, decision)
+            after = decision.instance
+            if after is None:
+                after = msgspec.structs.replace(rest, version=rest.version + 1)
+            self.apply(envelope, instance, decision, after)
 
     def missing(self, arrival: Arrival) -> Outcome:
         """No instance: the handler's policy decides."""
@@ -634,21 +740,27 @@ class _Batch:
         self.park(arrival, due_at=self.now + pause, attempts=arrival.attempts, reason="missing")
         return Outcome.PARKED
 
-    def failed(self, arrival: Arrival, instance: Instance | None, error: str) -> Outcome:
-        """The handler raised: its effects are gone, the message is tried again later."""
+    def failed(
+        self, arrival: Arrival, instance: Instance | None, error: str, *, first: bool = False
+    ) -> Outcome:
+        """The handler raised: its effects are gone, the message is tried again later.
+
+        It takes its place at the end of the instance's queue, or with `first` at the head.
+        """
         attempts, retry = arrival.attempts + 1, self.catalog.retry
         if attempts >= retry.attempts_max:
             return self.dead(arrival, instance, "failed", error, attempts=attempts)
         due_at = retry.due_at(self.now, attempts, arrival.envelope.id, arrival.consumer)
         self.park(arrival, due_at=due_at, attempts=attempts, reason="retry", error=error)
         if instance is not None:
-            self.enqueue(arrival, instance)
+            self.enqueue(arrival, instance, first=first)
         return Outcome.PARKED
 
     def park_behind(self, arrival: Arrival, instance: Instance) -> Outcome:
         """Keeps the order of an instance whose earlier message failed."""
         limit = self.catalog.sender.limits.parked_max
-        if len(instance.ledger.parked) >= limit:
+        queue = instance.ledger.parked
+        if len(queue) >= limit and _queued(arrival) not in queue:
             text = f"{limit} messages wait behind one that failed; expected fewer"
             return self.dead(arrival, instance, "failed", text)
         self.park(arrival, due_at=None, attempts=arrival.attempts, reason="behind")
@@ -701,32 +813,35 @@ class _Batch:
                 lane=arrival.waits_for if reason == "missing" else "",
             )
         )
-        if instance is not None:
-            self.unblock(arrival, instance)
+        self.settled(arrival, instance)
         return Outcome.DEAD
 
     # ------------------------------------------------------------------- the queue of an instance
 
-    def enqueue(self, arrival: Arrival, instance: Instance) -> None:
-        entry = (arrival.parks_as or arrival.consumer, arrival.envelope.id)
-        if entry not in instance.ledger.parked:
-            queue = (*instance.ledger.parked, entry)
-            self.note(
-                msgspec.structs.replace(_with_parked(instance, queue), version=instance.version + 1)
-            )
+    def enqueue(self, arrival: Arrival, instance: Instance, *, first: bool = False) -> None:
+        entry, queue = _queued(arrival), instance.ledger.parked
+        if instance.status is Status.RUNNING and entry not in queue:
+            longer = _with_parked(instance, (entry, *queue) if first else (*queue, entry))
+            self.note(msgspec.structs.replace(longer, version=instance.version + 1))
 
-    def unblock(self, arrival: Arrival, instance: Instance | None) -> None:
-        """The head of the queue is done: the next one is due at once."""
-        entry = (arrival.parks_as or arrival.consumer, arrival.envelope.id)
-        if instance is None or entry not in instance.ledger.parked:
+    def dequeued(self, arrival: Arrival, instance: Instance) -> Instance:
+        """`instance` without the message in its queue; behind the head the next one is due at once."""
+        entry, queue = _queued(arrival), instance.ledger.parked
+        if entry not in queue:
+            return instance
+        rest = tuple(other for other in queue if other != entry)
+        if rest and queue[0] == entry:
+            self.plan.released.append(rest[0])
+        return _with_parked(instance, rest)
+
+    def settled(self, arrival: Arrival, instance: Instance | None) -> None:
+        """A message that changed nothing is done: what waited for it goes on."""
+        if instance is None:
             return
-        queue = tuple(other for other in instance.ledger.parked if other != entry)
-        if queue:
-            self.plan.released.append(queue[0])
-        current = self.instances[instance.type, instance.key]
-        self.note(
-            msgspec.structs.replace(_with_parked(current, queue), version=current.version + 1)
-        )
+        after = self.dequeued(arrival, instance)
+        if after is not instance:
+            self.note(msgspec.structs.replace(after, version=instance.version + 1))
+            self.replay_deferred((after.type, after.key))
 
     def note(self, instance: Instance) -> None:
         place = (instance.type, instance.key)
@@ -745,13 +860,34 @@ class _Batch:
         return self.plan
 
 
+def _queued(arrival: Arrival) -> tuple[str, str]:
+    """Its place in the queue of an instance: what it is parked as."""
+    return arrival.parks_as or arrival.consumer, arrival.envelope.id
+
+
+def _at(arrival: Arrival, key: str) -> Arrival:
+    """The same message at one more instance."""
+    own = f"{arrival.saga_type}#{key}"
+    return msgspec.structs.replace(
+        arrival,
+        saga_key=key,
+        consumer=own if arrival.source is Source.BUS else arrival.consumer,
+        parks_as=own,
+    )
+
+
 def _with_parked(instance: Instance, queue: tuple[tuple[str, str], ...]) -> Instance:
     ledger = msgspec.structs.replace(instance.ledger, parked=queue)
     return msgspec.structs.replace(instance, ledger=ledger)
 
 
 def _traceback(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error))[-20_000:]
+    return _printable("".join(traceback.format_exception(error))[-20_000:])
+
+
+def _printable(text: str) -> str:
+    """`text` as every database takes it: no NUL, nothing that UTF-8 cannot encode."""
+    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
 
 
 _effects = msgspec.json.Encoder()
@@ -773,6 +909,8 @@ def _transition(
         effects["cancelled"] = list(decision.cancelled)
     if decision.correlated:
         effects["keys"] = [[key.name, key.value] for key in decision.correlated]
+    if decision.deferred:
+        effects["deferred"] = True
     if decision.reason:
         effects["reason"] = decision.reason
     return TransitionRow(

@@ -7,9 +7,11 @@ it never really waits.
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from types import CoroutineType, FunctionType
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -21,11 +23,20 @@ from typing import (
     dataclass_transform,
     overload,
 )
+from uuid import UUID
 
 import msgspec
 
 from sagacity.core.delivery import Envelope, checked_id, derived_id
-from sagacity.core.effects import CancelTimeout, Correlate, Effect, Publish, Send, SetTimeout
+from sagacity.core.effects import (
+    CancelTimeout,
+    Correlate,
+    Effect,
+    Encoded,
+    Publish,
+    Send,
+    SetTimeout,
+)
 from sagacity.core.errors import DefinitionError, HandlerError, Suspended
 from sagacity.core.instance import PendingCommand
 from sagacity.core.messages import (
@@ -34,6 +45,8 @@ from sagacity.core.messages import (
     CommandFailed,
     Event,
     caller_location,
+    calling_frame,
+    encode_message,
     message_type,
 )
 
@@ -119,6 +132,13 @@ def _states(value: States | None) -> tuple[State, ...] | None:
 
 def _declare(declared: list[Declared]) -> Callable[[H], H]:
     def mark(handler: H) -> H:
+        given: object = handler
+        if not isinstance(given, FunctionType):
+            raise DefinitionError(
+                f"@{declared[0].kind} handlers are plain methods, got {type(given).__name__}; "
+                "expected the decorator directly above def, below no other",
+                declared[0].location,
+            )
         known: list[Declared] = getattr(handler, DECLARED, [])
         setattr(handler, DECLARED, [*known, *declared])
         return handler
@@ -239,7 +259,7 @@ def on_timeout(
 def _policy(
     kind: Literal["ignore", "defer"], events: tuple[type[Event], ...], when: States | None
 ) -> None:
-    namespace = sys._getframe(2).f_locals
+    namespace = calling_frame(1).f_locals
     location = caller_location(2)
     if "__qualname__" not in namespace:
         raise DefinitionError(f"{kind}() belongs into the body of a saga class", location)
@@ -315,7 +335,7 @@ class _Handling:
     @property
     def _turn(self) -> Turn:
         try:
-            return cast(Turn, self.__dict__["_turn"])
+            return cast("Turn", self.__dict__["_turn"])
         except KeyError:
             raise HandlerError(
                 f"{type(self).__name__}: only a handler that is being run can do this; to test a "
@@ -377,7 +397,9 @@ class _Handling:
                 f"expected {facts.topic!r}, the topic of {type(command).__name__}, or it could overtake it"
             )
         command_id = turn.next_id(facts.name)
-        turn.effects.append(Send(command, undo, command_id))
+        encoded = Encoded(facts, encode_message(command))
+        undoing = None if undo is None else Encoded(message_type(undo), encode_message(undo))
+        turn.effects.append(Send(encoded, undoing, command_id))
         turn.pending[command_id] = PendingCommand(command_id, facts.name, facts.topic, turn.now)
         return command_id
 
@@ -389,8 +411,9 @@ class _Handling:
                 f"{turn.where()}: publish expects an event, got {type(event).__name__}; "
                 "send commands with self.send"
             )
-        message_id = turn.next_id(message_type(event).name)
-        turn.effects.append(Publish(event, message_id))
+        facts = message_type(event)
+        message_id = turn.next_id(facts.name)
+        turn.effects.append(Publish(Encoded(facts, encode_message(event)), message_id))
         return message_id
 
     def set_timeout(
@@ -416,7 +439,7 @@ class _Handling:
                 )
             due_at = (at - _EPOCH) // timedelta(microseconds=1)
         else:
-            due_at = turn.now + cast(timedelta, after) // timedelta(microseconds=1)
+            due_at = turn.now + cast("timedelta", after) // timedelta(microseconds=1)
         if not 0 <= due_at < 1 << 62:
             raise HandlerError(
                 f"{turn.where()}: timeout {name!r} is due out of range: {after or at!r}"
@@ -471,7 +494,7 @@ def key_text(value: object, what: str) -> str:
         return str.__str__(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(int(value))
-    if type(value).__name__ == "UUID":
+    if isinstance(value, UUID):
         return str(value)
     raise HandlerError(
         f"{what}: expected text, an integer or a UUID, got {type(value).__name__} {value!r}"
@@ -479,19 +502,7 @@ def key_text(value: object, what: str) -> str:
 
 
 RESERVED = frozenset(name for name in vars(_Handling) if not name.startswith("__"))
-"""Names a saga's own fields and states cannot have."""
-
-
-def check_names(class_name: str, namespace: dict[str, Any], location: str) -> None:
-    """Refuses fields and states that would hide what a handler calls."""
-    states = (name for name, value in namespace.items() if isinstance(value, State))
-    for name in [*namespace.get("__annotations__", {}), *states]:
-        if name in RESERVED:
-            raise DefinitionError(
-                f"saga {class_name}: {name!r} is what a handler calls as self.{name}; "
-                "expected another name for the field or state",
-                location,
-            )
+"""Names a saga's own fields, states and methods cannot have."""
 
 
 if TYPE_CHECKING:
@@ -533,7 +544,6 @@ else:
             **options: Any,
         ) -> Any:
             location = caller_location(1)
-            check_names(class_name, namespace, location)
             try:
                 cls = super().__new__(
                     mcls, class_name, bases, namespace, **{**options, "dict": True, "kw_only": True}
@@ -541,8 +551,8 @@ else:
             except TypeError as error:
                 raise DefinitionError(f"saga {class_name}: {error}", location) from error
             if not abstract:
-                # definition.py needs the finished Saga class; this module is complete by now.
-                from sagacity.core.definition import build
+                # validation.py needs the finished Saga class; this module is complete by now.
+                from sagacity.core.validation import build
 
                 cls.__definition__ = build(
                     cls,
@@ -561,29 +571,49 @@ else:
         __definition__: ClassVar[Any]
 
 
-def run_handler(saga: Saga, function: Callable[..., Any], argument: object, *, takes: bool) -> None:
+def run_handler(
+    saga: Saga, turn: Turn, function: Callable[..., Any], argument: object, *, takes: bool
+) -> None:
     """Calls a handler; an ``async def`` one is run as far as it goes without waiting.
 
-    Raises `Suspended` for one that waits, and whatever the handler raises.
+    Raises `Suspended` for one that waits, `HandlerError` for one that returns something or leaves
+    behind what is not stored, and whatever the handler raises.
     """
+    attributes = vars(saga)
+    attributes["_turn"] = turn
     result = function(saga, argument) if takes else function(saga)
-    if result is None:
-        return
-    if not hasattr(result, "send"):
+    if inspect.iscoroutine(result):
+        result = _finished(function, result)
+    if result is not None:
         raise HandlerError(
-            f"{function.__qualname__} returned {type(result).__name__}; expected None: a saga handler "
-            "records effects with self.send, self.publish and so on"
+            f"{turn.where()}: {function.__qualname__} returned {type(result).__name__}; expected None: "
+            "a saga handler records effects with self.send, self.publish and so on"
         )
+    lost = [
+        name
+        for name in attributes
+        if name != "_turn" and not isinstance(getattr(type(saga), name, None), cached_property)
+    ]
+    if lost:
+        raise HandlerError(
+            f"{turn.where()}: {function.__qualname__} set self.{lost[0]}, which is no field of the saga "
+            f"and would be lost; expected an annotation {lost[0]}: ... in the class"
+        )
+    if turn.definition.key_field and turn.definition.key_of(saga) != turn.key:
+        name = turn.definition.key_field
+        raise HandlerError(
+            f"{turn.where()}: {function.__qualname__} set the key field {name} to "
+            f"{getattr(saga, name)!r}; expected it to stay as it is: it is the identity of the instance"
+        )
+
+
+def _finished(function: Callable[..., Any], coroutine: CoroutineType[Any, Any, Any]) -> object:
     try:
-        result.send(None)
+        coroutine.send(None)
     except StopIteration as stop:
-        if stop.value is not None:
-            raise HandlerError(
-                f"{function.__qualname__} returned {type(stop.value).__name__}; expected None"
-            ) from None
-        return
-    result.close()
-    code = function.__code__
+        return stop.value
+    coroutine.close()
+    code = inspect.unwrap(function).__code__
     raise Suspended(
         f"{function.__qualname__} ({code.co_filename}:{code.co_firstlineno}) waits for something; a saga "
         "handler must not: it may be run again, in a batch, inside a transaction. Send a command and "
