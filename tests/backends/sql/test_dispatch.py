@@ -29,8 +29,8 @@ from sagacity.core.plan import OutboxRow
 from sagacity.recording import Mode, Origin, Subscriber, envelope_of, recorded
 from sagacity.service import Context, Service, subscribes
 from tests.backends.sql.orders import (
-    Model,
     Database,
+    Model,
     Noted,
     Order,
     Placed,

@@ -22,10 +22,10 @@ from sagacity.core.delivery import Envelope
 from sagacity.core.errors import ConfigurationError, NotRecordable
 from sagacity.recording import Origin, RecordsEvents, originating
 from tests.backends.sql.orders import (
-    Model,
     Database,
     Line,
     LineAdded,
+    Model,
     Noted,
     Order,
     Placed,

@@ -35,6 +35,12 @@ class SubscriberFailure(msgspec.Struct, frozen=True, kw_only=True):
     error: str
     """The error with its full traceback."""
 
+    @classmethod
+    def of(cls, subscriber: Subscriber, envelope: Envelope, error: Exception) -> SubscriberFailure:
+        """The record of an error that is being handled."""
+        text = "".join(traceback.format_exception(error))
+        return cls(subscriber=subscriber.name, envelope=envelope, error=text)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
@@ -163,11 +169,7 @@ def _failure(subscriber: Subscriber, row: Written, error: Exception) -> Subscrib
         exc_info=error,
         extra={"correlation_id": row.envelope.correlation_id},
     )
-    return SubscriberFailure(
-        subscriber=subscriber.name,
-        envelope=row.envelope,
-        error="".join(traceback.format_exception(error)),
-    )
+    return SubscriberFailure.of(subscriber, row.envelope, error)
 
 
 def _keep(
