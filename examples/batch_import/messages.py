@@ -6,6 +6,8 @@ the context it is a fact of.
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from sagacity import Command, Event
 
 # ------------------------------------------------------------------------------------- importing
@@ -114,6 +116,8 @@ class UserEmailChanged(Event, topic="users"):
 
     user_ref: str
     email: str
+    version: int = 0
+    """`users.version` with this address: an address of a lower version is an older one."""
 
 
 class OrderImported(Event, topic="orders"):
@@ -145,6 +149,8 @@ class AccountsNeeded(Event, topic="orders"):
     systems: list[str]
     plans: list[str]
     """Plan of each system, "" where the order names none."""
+    version: int = 0
+    """`users.version` of the user with this address."""
 
 
 # -------------------------------------------------------------------------------- authentication
@@ -153,11 +159,14 @@ class AccountsNeeded(Event, topic="orders"):
 class RequestOptIn(Command, topic="authentication"):
     """Make sure that the user is asked to confirm the address, once per address.
 
-    Answered with EmailConfirmed where it is confirmed already, else with OptInRequested.
+    Answered with EmailConfirmed where it is confirmed already, with OptInMailRefused where no mail
+    can reach it, else with OptInPending.
     """
 
     user_ref: str
     email: str
+    version: int = 0
+    """`users.version` with this address; an older one does not replace what is known."""
 
 
 class SendOptInMail(Command, topic="authentication"):
@@ -188,7 +197,16 @@ class ExpireOptIn(Command, topic="authentication"):
 
 
 class OptInRequested(Event, topic="authentication.events"):
-    """A new opt-in cycle began, or one is pending already."""
+    """A new opt-in cycle began: said once for each cycle."""
+
+    user_ref: str
+    cycle: int
+    expires_at: datetime
+    remind_at: datetime | None = None
+
+
+class OptInPending(Event, topic="authentication.events"):
+    """The answer to RequestOptIn while nobody has confirmed the address yet."""
 
     user_ref: str
     cycle: int
@@ -214,10 +232,21 @@ class EmailConfirmed(Event, topic="authentication.events"):
 
     user_ref: str
     email: str
+    version: int = 0
+    """`users.version` up to which this address is known to be the user's."""
+    cycle: int = 0
+
+
+class ConfirmationRefused(Event, topic="authentication.events"):
+    """Somebody used a token that is wrong, old or expired; nothing has changed."""
+
+    reason: str
+    user_ref: str = ""
+    """Whose token it was, where that is known."""
 
 
 class OptInExpired(Event, topic="authentication.events"):
-    """Nobody confirmed in time, or the mail could not be delivered."""
+    """Nobody confirmed in time; the token is void."""
 
     user_ref: str
     cycle: int
@@ -234,22 +263,47 @@ class RequireAccounts(Command, topic="accounts"):
     systems: list[str]
 
 
-class CreateRemoteAccount(Command, topic="accounts"):
-    """Make sure that the user's account in one system exists, for this order too."""
+class CreateRemoteAccount(Command, abstract=True):
+    """Make sure that the user's account in one system exists, for this order too.
+
+    Each system has a topic of its own: an order's commands to one topic are handled one after the
+    other, and no system shall wait for another.
+    """
 
     order_ref: str
     user_ref: str
-    system: str
     plan: str
 
 
-class ReleaseRemoteAccount(Command, topic="accounts"):
+class ReleaseRemoteAccount(Command, abstract=True):
     """Undo of CreateRemoteAccount: drop this order's hold; the last one deletes the account."""
 
     order_ref: str
     user_ref: str
-    system: str
-    plan: str
+
+
+class CreateBillingAccount(CreateRemoteAccount, topic="accounts.billing"):
+    """`CreateRemoteAccount` in billing."""
+
+
+class ReleaseBillingAccount(ReleaseRemoteAccount, topic="accounts.billing"):
+    """`ReleaseRemoteAccount` in billing."""
+
+
+class CreateShippingAccount(CreateRemoteAccount, topic="accounts.shipping"):
+    """`CreateRemoteAccount` in shipping."""
+
+
+class ReleaseShippingAccount(ReleaseRemoteAccount, topic="accounts.shipping"):
+    """`ReleaseRemoteAccount` in shipping."""
+
+
+class CreateLoyaltyAccount(CreateRemoteAccount, topic="accounts.loyalty"):
+    """`CreateRemoteAccount` in loyalty."""
+
+
+class ReleaseLoyaltyAccount(ReleaseRemoteAccount, topic="accounts.loyalty"):
+    """`ReleaseRemoteAccount` in loyalty."""
 
 
 class MarkOrderReady(Command, topic="accounts"):
@@ -259,9 +313,10 @@ class MarkOrderReady(Command, topic="accounts"):
 
 
 class BlockOrder(Command, topic="accounts"):
-    """The order gets no accounts."""
+    """The order gets no accounts; `outcome` is failed or cancelled."""
 
     order_ref: str
+    outcome: str
     reason: str
 
 
