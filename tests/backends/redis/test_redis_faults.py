@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import anyio
@@ -27,19 +26,10 @@ KEY = "sagacity:orders"
 DEADLINE_S = 20.0
 
 
-@asynccontextmanager
-async def bus_at(url: str, **options: Any) -> AsyncGenerator[RedisBus]:
-    bus = RedisBus(url, **options)
-    try:
-        yield bus
-    finally:
-        await bus.close()
-
-
-async def redis(url: str, *command: Any) -> Any:
+async def redis(url: str, *parts: Any) -> Any:
     client = Connector(url, timeout_s=5, connections_max=1, protocol=2).shared()
     try:
-        return await client.execute_command(*command)
+        return await client.execute_command(*parts)
     finally:
         await client.aclose()
 
@@ -87,7 +77,7 @@ async def test_server_killed_during_a_blocked_read_and_started_again(
     private_redis: EmbeddedRedis, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    async with bus_at(private_redis.url) as bus:
+    async with RedisBus(private_redis.url) as bus:
         subscription = await bus.join("g", "c", ["orders"])
         await bus.publish(messages(3))
         handed = await read_all(subscription, 3)
@@ -119,7 +109,7 @@ async def test_server_killed_during_a_blocked_read_and_started_again(
 
 async def test_unreachable_server_is_said_in_one_line_without_secrets() -> None:
     url = "redis://worker:planted-secret@127.0.0.1:1/0?password=planted-secret"
-    async with bus_at(url, timeout_s=1.0) as bus:
+    async with RedisBus(url, timeout_s=1.0) as bus:
         calls = [bus.publish([message(1)]), bus.check(), bus.join("g", "c", ["t"])]
         for call in (*calls, bus.trim(["t"], 0), bus.epoch(), bus.last_entry_id("t")):
             with pytest.raises(BusUnavailable) as caught:
@@ -137,12 +127,12 @@ async def test_wrong_password_is_no_passing_trouble() -> None:
         await redis(server.url, "CONFIG SET", "requirepass", "right")
         path = server.url.removeprefix("unix://")
         for url in (f"unix://:planted-secret@{path}", server.url):
-            async with bus_at(url) as bus:
+            async with RedisBus(url) as bus:
                 with pytest.raises(BusError, match="check the user name, the password") as caught:
                     await bus.publish([message(1)])
                 assert not isinstance(caught.value, BusUnavailable)
                 assert "planted-secret" not in str(caught.value)
-        async with bus_at(f"unix://:right@{path}") as bus:
+        async with RedisBus(f"unix://:right@{path}") as bus:
             await bus.publish([message(1)])
 
 
@@ -152,7 +142,7 @@ async def test_wrong_password_is_no_passing_trouble() -> None:
 async def test_reply_to_publish_is_cut_and_nothing_is_published_twice(redis_url: str) -> None:
     async with (
         TcpProxy(redis_url.removeprefix("unix://")) as proxy,
-        bus_at(f"redis://127.0.0.1:{proxy.port}") as bus,
+        RedisBus(f"redis://127.0.0.1:{proxy.port}") as bus,
     ):
         await bus.publish(messages(1))
         proxy.cut_reply_to(b"EXEC")
@@ -167,8 +157,8 @@ async def test_reply_to_publish_is_cut_and_nothing_is_published_twice(redis_url:
 async def test_reply_to_a_read_is_cut_and_its_entries_come_again(redis_url: str) -> None:
     async with (
         TcpProxy(redis_url.removeprefix("unix://")) as proxy,
-        bus_at(f"redis://127.0.0.1:{proxy.port}") as bus,
-        bus_at(redis_url) as direct,
+        RedisBus(f"redis://127.0.0.1:{proxy.port}") as bus,
+        RedisBus(redis_url) as direct,
     ):
         subscription = await bus.join("g", "c", ["orders"])
         assert await subscription.read(10, 20) == []
@@ -188,7 +178,7 @@ async def test_reply_to_a_read_is_cut_and_its_entries_come_again(redis_url: str)
 async def test_reply_to_an_acknowledgement_is_cut_and_can_be_asked_again(redis_url: str) -> None:
     async with (
         TcpProxy(redis_url.removeprefix("unix://")) as proxy,
-        bus_at(f"redis://127.0.0.1:{proxy.port}") as bus,
+        RedisBus(f"redis://127.0.0.1:{proxy.port}") as bus,
     ):
         subscription = await bus.join("g", "c", ["orders"])
         await bus.publish(messages(2))
@@ -203,7 +193,7 @@ async def test_reply_to_an_acknowledgement_is_cut_and_can_be_asked_again(redis_u
 async def test_half_open_connection_is_noticed(redis_url: str) -> None:
     async with (
         TcpProxy(redis_url.removeprefix("unix://")) as proxy,
-        bus_at(f"redis://127.0.0.1:{proxy.port}", timeout_s=0.3) as bus,
+        RedisBus(f"redis://127.0.0.1:{proxy.port}", timeout_s=0.3) as bus,
     ):
         subscription = await bus.join("g", "c", ["orders"])
         assert await subscription.read(10, 20) == []
@@ -230,7 +220,7 @@ async def test_stream_or_group_vanishes_under_a_blocked_read(
     redis_url: str, caplog: pytest.LogCaptureFixture, command: tuple[str, ...]
 ) -> None:
     caplog.set_level(logging.INFO)
-    async with bus_at(redis_url) as bus:
+    async with RedisBus(redis_url) as bus:
         subscription = await bus.join("g", "c", ["orders", "users"])
         await bus.publish(messages(2))
         await subscription.ack(await read_all(subscription, 2))
@@ -256,7 +246,7 @@ async def test_stream_or_group_vanishes_under_a_blocked_read(
 
 
 async def test_flush_while_others_publish_loses_nothing_published_after_it(redis_url: str) -> None:
-    async with bus_at(redis_url) as bus:
+    async with RedisBus(redis_url) as bus:
         subscription = await bus.join("g", "c", ["orders"])
         found: list[Delivery] = []
         async with anyio.create_task_group() as tasks:
@@ -277,7 +267,7 @@ async def test_flush_while_others_publish_loses_nothing_published_after_it(redis
 
 
 async def test_reclaim_and_ack_without_a_group_are_no_errors(redis_url: str) -> None:
-    async with bus_at(redis_url) as bus:
+    async with RedisBus(redis_url) as bus:
         subscription = await bus.join("g", "c", ["orders"])
         await bus.publish(messages(1))
         found = await read_all(subscription, 1)
@@ -287,7 +277,7 @@ async def test_reclaim_and_ack_without_a_group_are_no_errors(redis_url: str) -> 
 
 
 async def test_trimmed_payload_under_pending_entries(redis_url: str) -> None:
-    async with bus_at(redis_url) as bus:
+    async with RedisBus(redis_url) as bus:
         dead = await bus.join("g", "dead", ["orders"])
         await bus.publish(messages(250))
         handed = await read_all(dead, 250)
@@ -312,7 +302,7 @@ async def test_memory_ends_inside_a_publish_and_order_is_kept() -> None:
     body = b'"' + b"x" * 20_000 + b'"'
     batch = [message(number, body=body) for number in range(300)]
     with EmbeddedRedis() as server:
-        async with bus_at(server.url) as bus:
+        async with RedisBus(server.url) as bus:
             await bus.publish(messages(1, start=900))
             used = (await redis(server.url, "INFO", "memory"))["used_memory"]
             await redis(server.url, "CONFIG SET", "maxmemory", used + 2_000_000)
@@ -328,7 +318,7 @@ async def test_memory_ends_inside_a_publish_and_order_is_kept() -> None:
 
 async def test_key_of_another_type_stops_its_own_topic_only(redis_url: str) -> None:
     await redis(redis_url, "SET", KEY, "not a stream")
-    async with bus_at(redis_url) as bus:
+    async with RedisBus(redis_url) as bus:
         with pytest.raises(BusError, match="WRONGTYPE") as caught:
             await bus.publish([message(1), message(1, "users"), message(2)])
         assert not isinstance(caught.value, BusUnavailable)
@@ -343,7 +333,7 @@ async def test_key_of_another_type_stops_its_own_topic_only(redis_url: str) -> N
 
 
 async def test_many_blocked_readers_do_not_starve_publishers(redis_url: str) -> None:
-    async with bus_at(redis_url, connections_max=2) as bus:
+    async with RedisBus(redis_url, connections_max=2) as bus:
         subscriptions = [await bus.join(f"g{n}", "c", ["orders"]) for n in range(25)]
         async with anyio.create_task_group() as tasks:
             for subscription in subscriptions:
@@ -356,7 +346,7 @@ async def test_many_blocked_readers_do_not_starve_publishers(redis_url: str) -> 
 
 
 async def test_cancelled_publish_does_not_mix_up_replies(redis_url: str) -> None:
-    async with bus_at(redis_url, connections_max=2) as bus:
+    async with RedisBus(redis_url, connections_max=2) as bus:
         await bus.set_epoch("epoch")
         for number in range(60):
             async with anyio.create_task_group() as tasks:
@@ -373,7 +363,7 @@ async def test_cancelled_publish_does_not_mix_up_replies(redis_url: str) -> None
 
 async def test_entries_read_ahead_are_handed_back_at_once(redis_url: str) -> None:
     topics = ["a", "b", "c"]
-    async with bus_at(redis_url) as bus:
+    async with RedisBus(redis_url) as bus:
         leaving = await bus.join("g", "leaving", topics)
         other = await bus.join("g", "other", topics)
         await bus.publish([m for topic in topics for m in messages(10, topic)])
@@ -391,7 +381,7 @@ async def test_entries_read_ahead_are_handed_back_at_once(redis_url: str) -> Non
 
 
 async def test_closing_ends_a_blocked_read_at_once_and_keeps_its_entries(redis_url: str) -> None:
-    async with bus_at(redis_url) as bus:
+    async with RedisBus(redis_url) as bus:
         for round_ in range(10):
             subscription = await bus.join("g", f"c{round_}", ["orders"])
             assert await subscription.read(10, 1) == []

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
 
 import redis.exceptions as failures
 
@@ -59,6 +60,17 @@ class RedisBus:
 
     def __repr__(self) -> str:
         return f"RedisBus({self._connector.name!r}, prefix={self._prefix!r})"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
 
     def key(self, topic: str) -> str:
         """The name of a topic's stream."""

@@ -19,10 +19,11 @@ async def unsafe_settings(client: Client, connector: Connector) -> list[str]:
         if connector.cluster and "redis_version" not in info
         else {connector.name: info}
     )
-    return [line for name, facts in servers.items() for line in _lines(name, facts)]
+    return [line for name, facts in servers.items() for line in unsafe_lines(name, facts)]
 
 
-def _lines(name: str, facts: dict[str, Any]) -> list[str]:
+def unsafe_lines(name: str, facts: dict[str, Any]) -> list[str]:
+    """The lines for one server, from its INFO."""
     lines: list[str] = []
     version = str(facts.get("redis_version", "0"))
     if _version(version) < VERSION_MIN:

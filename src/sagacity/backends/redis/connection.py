@@ -26,7 +26,7 @@ _SENTINEL = ("redis+sentinel", "rediss+sentinel")
 _CLUSTER = ("redis+cluster", "rediss+cluster")
 SCHEMES = (*_PLAIN, *_SENTINEL, *_CLUSTER)
 
-_SECRET_OPTIONS = frozenset({"password", "username", "ssl_password"})
+_SECRET_OPTIONS = ("password", "username")
 
 _FORBIDDEN = (
     failures.AuthenticationError,
@@ -85,7 +85,7 @@ def redacted(url: str) -> str:
     user, at, place = parts.netloc.rpartition("@")
     query = urlencode(
         [
-            (name, "***" if name in _SECRET_OPTIONS else value)
+            (name, "***" if name.endswith(_SECRET_OPTIONS) else value)
             for name, value in parse_qsl(parts.query)
         ],
         safe="*/",
@@ -113,7 +113,10 @@ class Connector:
     ) -> None:
         self.name = redacted(url)
         self._url = url
-        self._parts = urlsplit(url)
+        try:
+            self._parts = urlsplit(url)
+        except ValueError as error:
+            raise ConfigurationError(f"bus URL: {error}") from error
         self._timeout_s = timeout_s
         self._connections_max = connections_max
         self._protocol = protocol
@@ -156,6 +159,9 @@ class Connector:
                     self._url, max_connections=connections, timeout=self._timeout_s, **options
                 )
             )
+            pool.connection_class(
+                **pool.connection_kwargs
+            )  # names an unknown option now, not later
             # from_pool: closing the client closes the pool.
             return cast("Client", Redis.from_pool(pool))
         except (ValueError, TypeError) as error:
