@@ -53,7 +53,7 @@ async def serve(
     stopping.enter_loop()
     try:
         async with AsyncExitStack() as stack:
-            store = open_store(settings.store)
+            store = open_store(settings.store, service=service)
             stack.push_async_callback(_close, store)
             bus = open_bus(
                 settings.bus, prefix=settings.prefix, payload_bytes_max=settings.payload_bytes_max

@@ -19,6 +19,7 @@ import anyio
 
 from sagacity.core.errors import BusUnavailable, ConfigurationError, Unavailable
 from sagacity.ports import Bus, Inspector, OutboxStore, RetentionStore, Store, TaskStore
+from sagacity.service import Service
 from sagacity.worker.redaction import redacted
 
 __all__ = ["WholeStore", "full_store_url", "is_new", "open_bus", "open_store", "until_reachable"]
@@ -57,12 +58,13 @@ class WholeStore(Store, OutboxStore, TaskStore, RetentionStore, Inspector, Proto
     """A store with all its views, as every backend of this package is."""
 
 
-def open_store(url: str) -> WholeStore:
+def open_store(url: str, *, service: Service | None = None) -> WholeStore:
     """The store that `url` names; nothing is connected yet.
 
     ``sqlite+aiosqlite:///file.db``, ``postgresql+asyncpg://...``, ``postgresql+psycopg://...`` or
-    ``memory:``; without a driver name the one that is installed is taken. Raises ConfigurationError
-    for any other URL, and for a missing driver.
+    ``memory:``; without a driver name the one that is installed is taken. With `service` the sessions
+    of its participants publish what entities record, and call its subscribers of this process. Raises
+    ConfigurationError for any other URL, and for a missing driver.
     """
     if url == MEMORY:
         from sagacity.backends.memory import MemoryStore
@@ -71,7 +73,17 @@ def open_store(url: str) -> WholeStore:
     url = full_store_url(url)
     from sagacity.backends.sql import SqlStore
 
-    return SqlStore(url)
+    if service is None:
+        return SqlStore(url)
+    from sagacity.backends.sql.session import SagaSession, recording_of
+
+    recording = recording_of(service)
+    return SqlStore(
+        url,
+        session_factory=lambda engine: SagaSession(
+            engine, recording=recording, expire_on_commit=False
+        ),
+    )
 
 
 def open_bus(url: str, *, prefix: str = "sagacity", payload_bytes_max: int = 262_144) -> Bus:
@@ -83,7 +95,7 @@ def open_bus(url: str, *, prefix: str = "sagacity", payload_bytes_max: int = 262
     if url == MEMORY:
         from sagacity.backends.memory import MemoryBus
 
-        return MemoryBus()
+        return MemoryBus(payload_bytes_max=payload_bytes_max)
     scheme = url.partition("://")[0]
     if "://" not in url or scheme not in _BUS_SCHEMES:
         raise ConfigurationError(
