@@ -10,7 +10,7 @@ from datetime import datetime
 
 from sagacity import Command, Event
 
-# ------------------------------------------------------------------------------------- importing
+# --------------------------------------------------------------------- the importing service
 
 
 class ReceiveBatch(Command, topic="importing"):
@@ -153,7 +153,7 @@ class AccountsNeeded(Event, topic="orders"):
     """`users.version` of the user with this address."""
 
 
-# -------------------------------------------------------------------------------- authentication
+# ---------------------------------------------------------------- the authentication service
 
 
 class RequestOptIn(Command, topic="authentication"):
@@ -252,7 +252,7 @@ class OptInExpired(Event, topic="authentication.events"):
     cycle: int
 
 
-# --------------------------------------------------------------------------------------- accounts
+# ---------------------------------------------------------------------- the accounts service
 
 
 class RequireAccounts(Command, topic="accounts"):
