@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 CONFLICTS_MAX = 5
 """Reruns after a conflict before the batch is halved; a conflict is no attempt of any message."""
 
+FAULTS = frozenset({"lost", "oversized", "undecodable"})
+"""Reasons why an entry of the bus is no message."""
+
 Input = Delivery | DueTimeout | ParkedRow
 """What a batch is made of: stream entries, due timeouts, and parked messages that are due."""
 
@@ -330,9 +333,10 @@ class _Sorted:
     ) -> None:
         envelope = delivery.envelope
         if envelope is None:
-            reason = "lost" if delivery.fault.startswith("lost payload") else "undecodable"
-            if "bytes" in delivery.fault and "at most" in delivery.fault:
-                reason = "oversized"
+            # A bus begins a fault with the reason: "oversized: ...", "lost: ...".
+            reason = delivery.fault.partition(":")[0]
+            if reason not in FAULTS:
+                reason = "undecodable"
             self.faults.append((delivery, reason, delivery.fault))
             return
         if delivery.fault:

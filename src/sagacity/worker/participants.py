@@ -61,7 +61,7 @@ class Participants:
         self.limits = {consumer: min(most, limit or most) for consumer, limit in consumers.items()}
         self._per_handler = dict(per_handler or {})
         self._limiters: dict[str, anyio.CapacityLimiter] = {}
-        self.running: dict[str, Task] = {}
+        self.running: dict[tuple[str, str], Task] = {}
         self._finishes: list[Finish] = []
         self._wake = anyio.Event()
         self._finish_wake = anyio.Event()
@@ -104,7 +104,7 @@ class Participants:
                 continue
             pause = 0.1
             for task in claimed:
-                self.running[task.token] = task
+                self.running[task.row.consumer, task.row.message_id] = task
                 handlers.start_soon(self._work, task)
             if not claimed:
                 wait_us = poll_us
@@ -163,7 +163,7 @@ class Participants:
                 },
             )
         finally:
-            self.running.pop(task.token, None)
+            self.running.pop((task.row.consumer, task.row.message_id), None)
             self._wake.set()
 
     async def _try(self, task: Task) -> None:
@@ -377,6 +377,7 @@ class Participants:
             if finishes[0].dead_letter is not None:
                 raise
             pending = await self.store.finish([self._dead(task, "failed", _traceback(error))])
+        self._wake.set()  # the next command of each lane is free only now
         await self.publish(pending)
 
     async def _renew(self, scope: anyio.CancelScope) -> None:
