@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-from sagacity import Command, Event, Saga, Service, State, handles, on
+from sagacity import Command, Event, Refused, Saga, Service, State, handles, on
 
 
 class Ordered(Event, topic="orders"):
@@ -19,6 +19,10 @@ class Charged(Event, topic="payments"):
 
 
 class Charge(Command, topic="payments"):
+    ref: str
+
+
+class Refund(Command, topic="payments"):
     ref: str
 
 
@@ -36,7 +40,7 @@ class Order(Saga, key="ref"):
 
     @on(Ordered, starts=True, goto=charging)
     def begin(self, event: Ordered) -> None:
-        self.send(Charge(event.ref))
+        self.send(Charge(event.ref), undo=Refund(event.ref))
 
     @on(Charged, when=charging, goto=paid)
     def finish(self, event: Charged) -> None:
@@ -59,6 +63,13 @@ async def charge(command: Charge) -> Charged:
     return Charged(command.ref)
 
 
+@handles(Refund)
+async def refund(command: Refund) -> None:
+    """Refuses until the test allows it."""
+    if not (notes() / f"refund-{command.ref}").exists():
+        raise Refused("the bank is closed")
+
+
 @handles(Block)
 async def block(command: Block) -> None:
     """Keeps the event loop busy for good, as badly written code does."""
@@ -67,9 +78,9 @@ async def block(command: Block) -> None:
         time.sleep(60)  # noqa: ASYNC251 - the very fault to survive
 
 
-service = Service("shop", sagas=[Order], handlers=[charge, block])
+service = Service("shop", sagas=[Order], handlers=[charge, refund, block])
 not_a_service = "shop"
 
 
 def make_service() -> Service:
-    return Service("made", sagas=[Order], handlers=[charge])
+    return Service("made", sagas=[Order], handlers=[charge, refund])

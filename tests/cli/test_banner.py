@@ -20,7 +20,7 @@ def test_the_banner_tells_all_that_matters_and_no_secret() -> None:
         "  begins on  orders.Ordered",
         "  hears      payments.Charged",
         "  sends      payments.Charge",
-        "handles      payments.Block, payments.Charge",
+        "handles      payments.Block, payments.Charge, payments.Refund",
         "listens to   orders, payments, shop.replies",
         "store        postgresql+asyncpg://shop:***@db/shop",
         "bus          redis://:***@r:6379/0  (prefix sagacity)",

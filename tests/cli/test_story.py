@@ -247,6 +247,8 @@ def test_nothing_hostile_reaches_the_terminal() -> None:
         "reason": HOSTILE,
     }
     row = step(NOW, HOSTILE, HOSTILE, effects, handler=HOSTILE, message_type=HOSTILE)
+    sent = Envelope(id=HOSTILE, type=HOSTILE, topic=HOSTILE, actor=HOSTILE)
+    row = msgspec.structs.replace(row, entry=encode_entry(sent))
     for line in text(found, row, letter(HOSTILE)).splitlines():
         assert line.isprintable()
 

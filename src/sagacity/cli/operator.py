@@ -12,6 +12,7 @@ import click
 import msgspec
 
 from sagacity.cli import migrating
+from sagacity.cli.acting import Order, operator_name, order, preview
 from sagacity.cli.banner import package_version
 from sagacity.cli.exits import Exit
 from sagacity.cli.load import load_service
@@ -19,6 +20,7 @@ from sagacity.cli.options import read_settings, setting_options
 from sagacity.cli.output import age, instant, print_json, print_table
 from sagacity.cli.story import letter_of, story
 from sagacity.cli.telling import told
+from sagacity.core.decide import Cancel, RetryUndo, WaiveUndo
 from sagacity.core.definition import Definition
 from sagacity.core.errors import ConfigurationError, DefinitionError, SchemaError, Unavailable
 from sagacity.core.instance import Status
@@ -179,11 +181,7 @@ def show(
         history = await store.history(saga_type, key)
         letters = await _letters_of(store, saga_type, key)
         if instance is None and not history and not letters:
-            click.echo(
-                f"There is no {logs.escaped(saga_type)} {logs.escaped(key)}, "
-                "and nothing was kept of one.",
-                err=True,
-            )
+            _nothing_there(saga_type, key)
             return Exit.FAILED
         facts = story(instance, history, letters, store.clock.now(), definition)
         if as_json:
@@ -194,6 +192,10 @@ def show(
         return None
 
     _ask(options, question)
+
+
+def _nothing_there(saga_type: str, key: str) -> None:
+    click.echo(f"There is no {logs.escaped(saga_type)} {logs.escaped(key)}.", err=True)
 
 
 async def _letters_of(store: WholeStore, saga_type: str, key: str) -> list[DeadLetter]:
@@ -229,6 +231,83 @@ def counts(as_json: bool, **options: Any) -> None:
 
 def _figure(name: str, number: int) -> str:
     return f"{number / 1_000_000:.3f} s" if name.endswith("_us") else str(number)
+
+
+# ------------------------------------------------------------------------------------------- orders
+
+
+def _order(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the arguments and options that every order has."""
+    for decorate in (
+        _answers,
+        click.option("-y", "--yes", is_flag=True, help="Do not ask."),
+        click.option("--dry-run", is_flag=True, help="Only tell what would be done."),
+        click.option("--actor", metavar="NAME", default="", help="Who asks for it.  [your login]"),
+        click.argument("key"),
+        click.argument("saga_type", metavar="TYPE"),
+    ):
+        function = decorate(function)
+    return function
+
+
+@main.command()
+@_order
+@click.option("--reason", metavar="TEXT", required=True, help="Why; kept in the history.")
+def cancel(reason: str, **given: Any) -> None:
+    """End a running instance: what it did is undone, newest first."""
+    _give(Cancel(reason), **given)
+
+
+@main.command()
+@_order
+@click.option("--reason", metavar="TEXT", default="", help="Why; kept in the history.")
+def retry(reason: str, **given: Any) -> None:
+    """Have the failed undo commands of a stuck instance sent again."""
+    _give(RetryUndo(reason), **given)
+
+
+@main.command()
+@_order
+@click.option("--reason", metavar="TEXT", required=True, help="How it was settled; kept.")
+def waive(reason: str, **given: Any) -> None:
+    """Take the failed undo commands of a stuck instance as settled by hand."""
+    _give(WaiveUndo(reason), **given)
+
+
+def _give(
+    message: Order,
+    *,
+    saga_type: str,
+    key: str,
+    dry_run: bool,
+    yes: bool,
+    actor: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    async def question(store: WholeStore) -> int | None:
+        instance = await store.saga(saga_type, key)
+        if instance is None:
+            _nothing_there(saga_type, key)
+            return Exit.FAILED
+        effects = preview(instance, message)
+        if not as_json:
+            name = f"{logs.escaped(saga_type)} {logs.escaped(key)}"
+            click.echo(f"{name} is {instance.status} in {logs.escaped(instance.state)}.")
+            for line in effects or ["It has done nothing that needs undoing."]:
+                click.echo(f"  {logs.escaped(line, 1000)}")
+        given = ""
+        if not dry_run:
+            if not yes and not as_json:
+                click.confirm("Go on?", abort=True)
+            given = await order(store, instance, message, actor=actor or operator_name())
+        if as_json:
+            print_json({"effects": effects, "message_id": given})
+        elif given:
+            click.echo("Asked for. A running worker does it; see `saga show`.")
+        return None
+
+    _ask(options, question)
 
 
 # ------------------------------------------------------------------------------------ dead letters

@@ -13,6 +13,8 @@ import msgspec
 
 from sagacity.cli.output import age, duration
 from sagacity.core.definition import Definition
+from sagacity.core.delivery import decode_entry
+from sagacity.core.errors import DecodeError
 from sagacity.core.instance import Instance, Status, Undoable
 from sagacity.core.plan import TransitionRow
 from sagacity.ports import DeadLetter
@@ -120,6 +122,8 @@ class Step(msgspec.Struct, frozen=True):
     state_from: str
     state_to: str
     status: str
+    actor: str
+    """Who asked for the message, where that is known."""
     effects: Effects
 
 
@@ -283,8 +287,16 @@ def _step(row: TransitionRow) -> Step:
         state_from=row.state_from,
         state_to=row.state_to,
         status=row.status,
+        actor=_actor(row.entry),
         effects=effects,
     )
+
+
+def _actor(entry: bytes) -> str:
+    try:
+        return decode_entry(entry).actor
+    except DecodeError:
+        return ""
 
 
 def _data(data: bytes) -> Any:
@@ -313,7 +325,7 @@ def _verdict(
             names = sorted({entry.undo_type for entry in undoing.failed}) if undoing else []
             return (
                 f"STUCK for {idle}: {', '.join(names) or 'an undo'} failed for good. Find out why, "
-                "then have it tried again, or waive it with a reason."
+                "then `saga retry` or `saga waive` it."
             )
         case Status.COMPENSATING:
             left = len(undoing.remaining) + len(undoing.under_way) if undoing else 0

@@ -127,6 +127,8 @@ def _history(history: Sequence[Step], last: int) -> list[str]:
             lines.append(click.style(f"    {duration(step.at - before)} later", dim=True))
         before = step.at
         lines.append(_step(step))
+        if step.actor:
+            lines.append(f"    asked for by {_text(step.actor)}")
         lines.extend(f"    {text}" for text in _effects(step.effects, step.at))
     return lines
 
