@@ -1,0 +1,1 @@
+"""Campaign publishing: a linear saga over an entity that records events."""

@@ -1,0 +1,1 @@
+"""Trip booking: a process manager with loops, started explicitly, that cancels what it booked."""
