@@ -217,7 +217,8 @@ class OutboxStore(Protocol):
 
     async def pending(self, older_than: int, limit: int) -> list[PendingRow]:
         """Whole prefixes, in seq order, of lanes that have a pending row created at or before
-        `older_than`; at most `limit` rows, never a lane's later row without its earlier ones."""
+        `older_than`; at most `limit` rows, never a lane's later row without its earlier ones.
+        """
         ...
 
     async def published(self, seqs: Sequence[int]) -> None:
@@ -289,7 +290,7 @@ class TaskStore(Protocol):
         """Hands out due tasks: at most the given number per consumer. Expired leases count as due."""
         ...
 
-    async def renew(self, tasks: Sequence[Task], lease_us: int) -> list[Task]:
+    async def renew(self, tasks: Sequence[Task], lease_us: int, /) -> list[Task]:
         """Extends leases; the ones that were lost are left out of the result."""
         ...
 
@@ -319,7 +320,7 @@ class Retention(msgspec.Struct, frozen=True):
 class RetentionStore(Protocol):
     """The janitor's view of a store."""
 
-    async def clean(self, retention: Retention, limit: int) -> int:
+    async def clean(self, retention: Retention, limit: int, /) -> int:
         """Deletes up to `limit` rows of each kind that are older; returns how many went."""
         ...
 
@@ -363,7 +364,8 @@ class Inspector(Protocol):
         after: str = "",
     ) -> list[SagaRow]:
         """Instances, the ones that have not moved for longest first; `after` is the `cursor` of the
-        last row seen."""
+        last row seen.
+        """
         ...
 
     async def saga(self, saga_type: str, saga_key: str) -> Instance | None:
@@ -389,7 +391,101 @@ class Inspector(Protocol):
     async def counts(self) -> dict[str, int]:
         """Rows that matter to an operator: ``sagas.<status>``, ``outbox.pending``, ``timeouts``,
         ``parked``, ``parked.<consumer>`` (up to a ``#``), ``dead_letters``; and ``outbox.oldest_us``, the
-        age of the oldest pending row (0 where there is none)."""
+        age of the oldest pending row (0 where there is none).
+        """
+        ...
+
+
+# -------------------------------------------------------------------------------- loss of the bus
+
+
+class BusMemory(Protocol):
+    """A bus that can tell whether it still holds what it held: the loss check of ``protocol.md`` 3.5.
+
+    A bus on another server, an emptied one, and one that fell back to an older state all look like
+    the bus of before. These questions tell them apart.
+    """
+
+    async def epoch(self, proposed: str) -> str:
+        """The random value written when the bus was first used; `proposed` is written if none is there.
+
+        Whoever empties the bus deletes it too.
+        """
+        ...
+
+    async def identity(self) -> str:
+        """Names the running server; differs after a restart and after a failover."""
+        ...
+
+    async def last_entry_id(self, topic: str) -> str | None:
+        """The highest entry id that a topic has given out; None where there is no such topic, or
+        nothing was ever published to it.
+        """
+        ...
+
+    async def holds(self, topic: str, entry_id: str) -> bool:
+        """True where the entry is there, read or not."""
+        ...
+
+
+class Mark(msgspec.Struct, frozen=True):
+    """How far a topic was at a time: every message for it whose outbox row has a number of at most
+    `max_seq` had reached the bus, at or before `entry_id`.
+    """
+
+    topic: str
+    at: int
+    entry_id: str
+    max_seq: int
+
+
+class Witness(msgspec.Struct, frozen=True):
+    """What a store knows of its bus."""
+
+    epoch: str
+    """Empty before the first meeting."""
+    identity: str
+    settled: int
+    """Every outbox row with a number up to this has left, as far as can be seen now."""
+    marks: dict[str, Mark]
+    """Topic -> its newest mark."""
+
+
+class Lost(msgspec.Struct, frozen=True):
+    """Outbox rows that the bus may have lost: with a number above `after`, or created at or after
+    `since`.
+    """
+
+    topic: str
+    """Empty: every topic that no other `Lost` of the same call names."""
+    after: int
+    since: int
+
+
+class MarkStore(Protocol):
+    """The loss check's view of a store."""
+
+    async def witness(self) -> Witness:
+        """The epoch, the identity, and the newest mark of each topic."""
+        ...
+
+    async def marks(self, topic: str) -> list[Mark]:
+        """The marks of a topic, newest first."""
+        ...
+
+    async def record(self, marks: Sequence[Mark], dropped: Sequence[Mark] = ()) -> None:
+        """Adds marks and forgets others; one of a known topic and time replaces it."""
+        ...
+
+    async def republish(
+        self, lost: Sequence[Lost], *, seen: Witness, epoch: str, identity: str
+    ) -> int:
+        """Makes outbox rows pending again and remembers the bus, in one transaction.
+
+        Marks of a lost topic with a `max_seq` above its `after` are forgotten. Returns how many rows
+        are pending that were not. Raises Conflict where epoch or identity are not those of `seen`:
+        another worker was first.
+        """
         ...
 
 

@@ -14,6 +14,7 @@ get the events over the bus.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import event, inspect
@@ -26,7 +27,7 @@ from sagacity.backends.sql.publication import Publication
 from sagacity.core.delivery import Envelope
 from sagacity.core.errors import ConfigurationError
 from sagacity.core.plan import OutboxRow
-from sagacity.ports import PendingRow
+from sagacity.ports import Clock, PendingRow
 from sagacity.recording import (
     Holder,
     Origin,
@@ -176,7 +177,8 @@ def session_factory(
     `service` is the source of the events; a `Service` brings its subscribers along. `subscribers` are
     further ones, called inside the transaction or after it, as their mode says; durable ones are left
     to the bus. `nudge` is called after each commit that wrote events, to wake a relay. `recording` gives
-    all settings at once instead. Further options go to SQLAlchemy; objects stay readable after commit
+    all settings at once instead. Outbox rows bear the store's time, or the machine's where an engine is
+    given. Further options go to SQLAlchemy; objects stay readable after commit
     (``expire_on_commit=False``) unless they say otherwise.
 
     An SQLite engine gets the store's settings (``BEGIN IMMEDIATE``, WAL), without which the driver
@@ -186,6 +188,9 @@ def session_factory(
     if engine.dialect.name == "sqlite":
         configure(engine)
     settings = recording or recording_of(service, subscribers, nudge)
+    clock: Clock | None = getattr(store_or_engine, "clock", None)
+    if recording is None and clock is not None:
+        settings = replace(settings, now=clock.now)
     options.setdefault("expire_on_commit", False)
     return async_sessionmaker(engine, class_=SagaSession, recording=settings, **options)
 
