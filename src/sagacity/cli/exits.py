@@ -21,7 +21,10 @@ class Exit(IntEnum):
 
 MEANINGS: Final = {
     Exit.DONE: "Done; a worker was told to stop and finished what it had begun.",
-    Exit.FAILED: "An unexpected error; the log has the traceback.",
+    Exit.FAILED: (
+        "An unexpected error, with its traceback in the log. From `saga`: what was asked for is not "
+        "there or could not be done, or `saga counts` found something that needs an operator."
+    ),
     Exit.WRONG: (
         "A flag, a variable, a URL or the service is wrong, or an extra is missing. "
         "Starting again does not help."

@@ -56,6 +56,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             min_length=1,
             max_length=64,
             pattern=r"^[A-Za-z0-9_.{}-]+\Z",
+            title="1 to 64 letters, digits and . _ - { }",
         ),
     ] = "sagacity"
     consumer: Annotated[
@@ -65,6 +66,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "Name of this process in its consumer group; made of host and process id where empty.",
             max_length=191,
             pattern=r"^[A-Za-z0-9_.:@-]*\Z",
+            title="up to 191 letters, digits and . _ : @ -",
         ),
     ] = ""
 
@@ -508,7 +510,7 @@ def _words(info: inspect.Type, limits: Meta) -> str:
                 return f"{noun} greater than {limits.gt:g}, at most {limits.le:g}"
             return f"{noun} from {limits.ge} to {limits.le}"
         case _:
-            return f"a text matching {limits.pattern}" if limits.pattern else "a text"
+            return limits.title or "a text"
 
 
 def _pairs(text: str, where: str) -> dict[str, int]:
