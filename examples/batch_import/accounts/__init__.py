@@ -1,0 +1,1 @@
+"""Which orders hold which accounts in the remote systems."""
