@@ -199,6 +199,20 @@ async def test_events_of_merged_entities_join(
 
 
 @pytest.mark.requirement("R19")
+async def test_events_of_objects_merged_together_or_by_cascade_join(
+    sessions: async_sessionmaker[SagaSession], database: Database
+) -> None:
+    key = await stored(sessions)
+    async with sessions() as session:
+        order = await session.get_one(Order, key, options=[selectinload(Order.lines)])
+    order.lines[0].record(LineAdded("tea"))
+    async with sessions() as session, session.begin():
+        await session.run_sync(lambda sync: sync.merge_all([order, Order.place("o2")]))
+    assert await database.published() == ["LineAdded", "Placed"]
+    assert (await database.envelopes())[0].subject.startswith("Line/")
+
+
+@pytest.mark.requirement("R19")
 async def test_an_entity_that_was_expunged_before_it_was_stored_says_nothing(
     sessions: async_sessionmaker[SagaSession], database: Database
 ) -> None:
@@ -738,6 +752,27 @@ async def test_entities_of_another_database_are_refused(sqlite_url: str, tmp_pat
         async with other.begin() as connection:
             assert (await connection.execute(select(Order.id))).all() == []
     await other.dispose()
+
+
+async def test_a_plain_session_says_that_it_loses_events(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = AsyncSession(database.engine, expire_on_commit=False)
+    async with plain as session:
+        session.add(order := Order(ref="o1"))
+        order.note("lost")
+        async with session.begin_nested():
+            pass
+        assert caplog.text == ""
+        await session.commit()
+        assert "a plain session does not publish them" in caplog.text
+        assert "entity=Order, events=1" in caplog.text
+        caplog.clear()
+        order.note("by hand")
+        await append(session, order)
+        await session.commit()
+        assert caplog.text == ""
+    assert await database.published() == ["Noted", "Noted"]
 
 
 async def test_a_session_class_that_cannot_record_is_refused(database: Database) -> None:

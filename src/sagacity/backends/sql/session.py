@@ -13,9 +13,10 @@ get the events over the bus.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from sqlalchemy import event, inspect
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
@@ -48,6 +49,8 @@ __all__ = [
     "session_factory",
 ]
 
+logger = logging.getLogger("sagacity.session")
+
 T = TypeVar("T")
 
 
@@ -69,16 +72,27 @@ class RecordingSession(Session):
 
     def merge(self, instance: T, **options: Any) -> T:
         """As SQLAlchemy's; what the given objects have pending goes along."""
-        given = [instance, *_cascaded(instance)]
         merged = super().merge(instance, **options)
-        for one in given:
+        self._take_over(instance, merged)
+        return merged
+
+    def merge_all(self, instances: Iterable[T], **options: Any) -> Sequence[T]:
+        """As SQLAlchemy's (2.1); what the given objects have pending goes along."""
+        given = list(instances)
+        together = cast("Callable[..., Sequence[T]]", super().merge_all)
+        merged = together(given, **options)
+        for one, known in zip(given, merged, strict=True):
+            self._take_over(one, known)
+        return merged
+
+    def _take_over(self, instance: object, merged: object) -> None:
+        for one in (instance, *_cascaded(instance)):
             if isinstance(one, RecordsEvents) and pending(one) and object_session(one) is not self:
                 known = merged if one is instance else one
                 self.publication.merged[id(one)] = (
                     known if isinstance(known, RecordsEvents) else one
                 )
                 self.collect(one)
-        return merged
 
     def write_events(self) -> list[PendingRow]:
         """Flushes, and writes what is recorded so far as outbox rows of this transaction."""
@@ -212,7 +226,37 @@ def recording_of(
 def _holder_of(recorder: RecordsEvents) -> Holder | None:
     state = inspect(recorder, raiseerr=False)
     session = state.session if isinstance(state, InstanceState) else None
-    return session.publication if isinstance(session, RecordingSession) else None
+    if isinstance(session, RecordingSession):
+        return session.publication
+    if session is not None:
+        _watch(session, recorder)
+    return None
+
+
+_WATCHED = "sagacity.recording"
+
+
+def _watch(session: Session, recorder: RecordsEvents) -> None:
+    # A plain session knows nothing of events: it would lose them without a word.
+    if _WATCHED not in session.info:
+        session.info[_WATCHED] = {}
+        event.listen(session, "after_commit", _warn_of_lost_events)
+    session.info[_WATCHED][id(recorder)] = recorder
+
+
+def _warn_of_lost_events(session: Session) -> None:
+    if session.in_nested_transaction():
+        return
+    watched: dict[int, RecordsEvents] = session.info[_WATCHED]
+    for recorder in watched.values():
+        if pending(recorder):
+            logger.warning(
+                "Events are recorded but a plain session does not publish them: use SagaSession, or append "
+                "them before the commit (entity=%s, events=%d)",
+                type(recorder).__qualname__,
+                len(pending(recorder)),
+            )
+    watched.clear()
 
 
 find_holders_with(_holder_of)

@@ -1,0 +1,1 @@
+"""Hail a ride: one flow told to one caller, to the whole application, and over the bus."""
