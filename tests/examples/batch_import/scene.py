@@ -1,0 +1,184 @@
+"""What the outcome tests have in common: users and orders of their own, files, and the questions."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from examples.batch_import.program import Program
+from tests.examples.batch_import import documents
+from tests.waiting import eventually
+
+_numbers = itertools.count(1)
+
+
+class Scene:
+    """One test's part of a running program: refs that no other test uses."""
+
+    def __init__(self, program: Program, directory: Path) -> None:
+        self.program = program
+        self._directory = directory
+        self._name = f"t{next(_numbers)}"
+        self._files = itertools.count(1)
+        self._minutes = itertools.count(1)
+
+    def ref(self, name: str) -> str:
+        return f"{self._name}-{name}"
+
+    def email(self, name: str) -> str:
+        return f"{name}@{self._name}.example.test"
+
+    # ---------------------------------------------------------------------------------------- files
+
+    def user(self, name: str, *, email: str = "") -> str:
+        """A user record, newer than all before it."""
+        return documents.user(
+            self.ref(name), email=email or self.email(name), updated=self._updated()
+        )
+
+    def order(
+        self, name: str, user: str, *systems: str, status: str = "new", plan: str = ""
+    ) -> str:
+        """An order record that asks for accounts in these systems."""
+        accounts = "".join(
+            f'<system code="{system}"{f" plan={plan!r}" if plan else ""}/>' for system in systems
+        )
+        return documents.order(
+            self.ref(name),
+            user_ref=self.ref(user),
+            accounts=accounts,
+            status=status,
+            updated=self._updated(),
+        )
+
+    def _updated(self) -> str:
+        minute = next(self._minutes)
+        return f"2026-01-30T{12 + minute // 60:02}:{minute % 60:02}:00Z"
+
+    def hand_in(self, *, users: Iterable[str] = (), orders: Iterable[str] = ()) -> str:
+        """Load a file without waiting for what follows; returns its batch id."""
+        batch_id = f"{self._name}-b{next(self._files)}"
+        root = documents.ROOT.replace('id="b-1"', f'id="{batch_id}"')
+        inside = documents.users(*users) + documents.orders(*orders)
+        file = self._directory / f"{batch_id}.xml"
+        file.write_bytes(documents.document(inside, root=root))
+        self.program.load(file)
+        return batch_id
+
+    def load(self, *, users: Iterable[str] = (), orders: Iterable[str] = ()) -> str:
+        """Load a file and wait until nothing moves any more; every record must be applied."""
+        batch_id = self.hand_in(users=users, orders=orders)
+        self.program.wait_until_quiet()
+        report = self.program.report(batch_id)
+        assert report is not None
+        assert (report.state, report.quarantined) == ("imported", 0), report
+        return batch_id
+
+    def confirm(self, name: str, *, email: str = "") -> None:
+        """Press the button in the newest mail, and wait until nothing moves any more."""
+        self.press(self.program.link(email or self.email(name)))
+        self.program.wait_until_quiet()
+
+    def press(self, link: str) -> None:
+        assert self.program.follow(link).status_code == 202
+
+    def confirmed_user(self, name: str) -> str:
+        """Load a user whose address is confirmed, by an order that asked for it and was cancelled.
+
+        Returns the user's ref. The order holds no account, and no remote system was asked.
+        """
+        first = f"{name}-first"
+        self.load(users=[self.user(name)], orders=[self.order(first, name, "billing")])
+        self.load(orders=[self.order(first, name, "billing", status="cancelled")])
+        self.confirm(name)
+        return self.ref(name)
+
+    # ------------------------------------------------------------------------------------ questions
+
+    def order_state(self, name: str) -> str:
+        """What importing knows of the order's accounts."""
+        (row,) = self.program.rows("importing", "order", ref=self.ref(name))
+        return str(row["accounts_state"])
+
+    def holds(self, name: str) -> dict[str, str]:
+        """System -> state of an order's hold there."""
+        rows = self.program.rows("accounts", "requirement", order_ref=self.ref(name))
+        return {row["system"]: row["state"] for row in rows}
+
+    def optins(self, name: str) -> list[dict[str, Any]]:
+        """The opt-in cycles of a user, first one first."""
+        rows = self.program.rows("authentication", "optin", user_ref=self.ref(name))
+        return sorted(rows, key=lambda row: int(row["cycle"]))
+
+    def accounts(self, name: str) -> dict[str, int]:
+        """System -> live accounts of a user there, as the systems' ledgers tell."""
+        counts = {
+            system: sum(1 if entry == "create" else -1 for entry in self.entries(system, name))
+            for system in self.program.remotes
+        }
+        return {system: count for system, count in counts.items() if count}
+
+    def entries(self, system: str, name: str) -> list[str]:
+        """``create`` and ``delete`` in the ledger of a system, as far as one user is concerned."""
+        return [
+            row["operation"]
+            for row in self.program.ledger(system)
+            if row["external_ref"] == self.ref(name)
+        ]
+
+    def calls(self, name: str) -> list[tuple[str, str, int | None]]:
+        """(system, operation, status) of every request about a user that a system got."""
+        return [
+            (system, row["operation"], row["status"])
+            for system in self.program.remotes
+            for row in self.program.calls(system)
+            if row["external_ref"] == self.ref(name)
+        ]
+
+    def mails(self, name: str) -> list[dict[str, Any]]:
+        return self.program.mails(self.email(name))
+
+    def saga(self, saga_type: str, name: str) -> dict[str, str]:
+        """Status and state of a saga instance; its key is a ref of this scene."""
+        service = {"OptInSaga": "authentication", "AccountSaga": "accounts"}[saga_type]
+        found = sagas(self.program, service, saga_type, self.ref(name))
+        assert found is not None, f"no {saga_type} of {name}"
+        return found
+
+    def fault(self, system: str, name: str, *rules: Mapping[str, Any]) -> None:
+        """Let requests about one user go wrong in a system; replaces what was set there."""
+        self.program.set_faults(
+            system, *({**rule, "match": {"user": self.ref(name)}} for rule in rules)
+        )
+
+    def eventually_struck(self, system: str, waiting: int = 1) -> None:
+        """Wait until a fault of a system makes requests wait."""
+        eventually(
+            lambda: sum(rule["waiting"] for rule in self.program.faults(system)) >= waiting,
+            f"a request held by {system}",
+        )
+
+
+def sagas(program: Program, service: str, saga_type: str, key: str) -> dict[str, str] | None:
+    """Status and state of one instance."""
+    import asyncio
+
+    from sagacity.backends.sql import SqlStore
+
+    async def look() -> dict[str, str] | None:
+        store = SqlStore(program.stores[service])
+        try:
+            found = await store.saga(saga_type, key)
+        finally:
+            await store.close()
+        return None if found is None else {"status": str(found.status), "state": found.state}
+
+    return asyncio.run(look())
+
+
+def assert_green(program: Program) -> None:
+    """`check` finds nothing wrong."""
+    wrong = {verdict.name: verdict.wrong for verdict in program.check() if not verdict.holds}
+    assert wrong == {}
