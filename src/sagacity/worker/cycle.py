@@ -258,7 +258,11 @@ class Cycle:
         for index, routed, envelope, row in batch.routed:
             keys: Sequence[str] = routed.keys
             if routed.lookup is not None:
-                keys = found.get(Lookup(routed.definition.saga_type, *routed.lookup), ())
+                lookup = Lookup(routed.definition.saga_type, *routed.lookup)
+                keys = found.get(lookup, ())
+                if not keys and lookup in found:
+                    # Everybody who had this key is finished: late, so nothing to wait for.
+                    routed = msgspec.structs.replace(routed, missing="ignore")  # noqa: PLW2901
             source = Source.BUS if row is None else Source.PARKED
             for arrival in arrivals_of(
                 routed, keys, envelope, source=source, delivery=index, row=row

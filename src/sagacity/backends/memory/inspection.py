@@ -139,6 +139,7 @@ def clean(tables: Tables, retention: Retention, now: int, limit: int) -> int:
     for key in old_sagas[:limit]:
         tables.drop_keys(key)
     gone += _delete(tables.sagas, old_sagas[:limit])
+    gone += _delete(tables.past_keys, _older(tables.past_keys, lambda at: at, inbox_end, limit))
     gone += _delete(tables.inbox, _older(tables.inbox, lambda row: row.at, inbox_end, limit))
     sent = {seq: row for seq, row in tables.outbox.items() if seq not in tables.pending}
     old_sent = _older(sent, lambda row: row.created_at, outbox_end, limit)

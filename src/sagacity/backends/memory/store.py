@@ -16,7 +16,7 @@ import anyio
 import anyio.lowlevel
 import msgspec
 
-from sagacity.backends.memory import inspection, tasks
+from sagacity.backends.memory import inspection, marks, tasks
 from sagacity.backends.memory.clock import SystemClock
 from sagacity.backends.memory.tables import Key, Rows, Tables
 from sagacity.backends.memory.writing import check_plan, write_plan
@@ -30,10 +30,13 @@ from sagacity.ports import (
     DueTimeout,
     Finish,
     Lookup,
+    Lost,
+    Mark,
     PendingRow,
     Retention,
     SagaRow,
     Task,
+    Witness,
 )
 
 _WAIT_S = 3.0
@@ -57,7 +60,7 @@ class Shared:
 
 
 class MemoryStore:
-    """`Store`, `OutboxStore`, `TaskStore`, `RetentionStore` and `Inspector` in this process.
+    """All the store ports of `sagacity.ports` in this process.
 
     Several workers in one event loop may share it, as several processes share a database.
 
@@ -197,6 +200,30 @@ class MemoryStore:
         await anyio.lowlevel.checkpoint()
         return tasks.next_due(self.tables, consumers, self._shared.clock.now())
 
+    # --- loss of the bus --------------------------------------------------------------------------
+
+    async def witness(self) -> Witness:
+        """What the store knows of its bus; see `MarkStore.witness`."""
+        await anyio.lowlevel.checkpoint()
+        return marks.witness(self.tables)
+
+    async def marks(self, topic: str) -> list[Mark]:
+        """The marks of a topic, newest first."""
+        await anyio.lowlevel.checkpoint()
+        return marks.marks_of(self.tables, topic)
+
+    async def record(self, fresh: Sequence[Mark], dropped: Sequence[Mark] = ()) -> None:
+        """Adds marks and forgets others; see `MarkStore.record`."""
+        async with self._shared.writer:
+            marks.record(self.tables, fresh, dropped)
+
+    async def republish(
+        self, lost: Sequence[Lost], *, seen: Witness, epoch: str, identity: str
+    ) -> int:
+        """Makes rows pending again; see `MarkStore.republish`."""
+        async with self._shared.writer:
+            return marks.republish(self.tables, lost, seen=seen, epoch=epoch, identity=identity)
+
     # --- operators ------------------------------------------------------------------------------
 
     async def clean(self, retention: Retention, limit: int) -> int:
@@ -272,6 +299,7 @@ class MemoryTransaction:
         self._published: tuple[int, ...] = ()
         self._locked: set[Key] = set()
         self._committed = False
+        self._failure: StoreError | None = None
 
     @property
     def now(self) -> int:
@@ -281,12 +309,15 @@ class MemoryTransaction:
     async def correlated(self, lookups: Collection[Lookup]) -> Mapping[Lookup, tuple[str, ...]]:
         """Keys of the instances that have each value; see `Transaction`."""
         await anyio.lowlevel.checkpoint()
-        places = self._shared.tables.correlations
-        return {
-            lookup: tuple(sorted(places[place]))
-            for lookup in lookups
-            if (place := (lookup.saga_type, lookup.name, lookup.value)) in places
-        }
+        tables = self._shared.tables
+        found: dict[Lookup, tuple[str, ...]] = {}
+        for lookup in lookups:
+            place = (lookup.saga_type, lookup.name, lookup.value)
+            if place in tables.correlations:
+                found[lookup] = tuple(sorted(tables.correlations[place]))
+            elif place in tables.past_keys:
+                found[lookup] = ()
+        return found
 
     async def load(self, wanted: Mapping[str, Collection[str]], *, wait: bool = False) -> Loaded:
         """Locks and loads the instances that are free; see `Transaction`."""
@@ -346,15 +377,18 @@ class MemoryTransaction:
                 if self._held((one.type, one.key))
             }
             check_plan(tables, plan, others)
-        except BaseException:
+        except StoreError as error:
             self._shared.writer.release()
+            self._failure = error
             raise
         self._plan, self._published = plan, tuple(published)
         self._own = tables.fresh(plan.outbox, plan.now)
         return tables.prefix(self._own, self._published)
 
     def commit(self) -> None:
-        """Writes the plan. Nothing in it can fail or wait."""
+        """Writes the plan; nothing in that can fail or wait. Raises what an earlier write raised."""
+        if self._failure is not None:
+            raise self._failure
         if self._plan is not None:
             tables = self._shared.tables
             write_plan(tables, self._plan)

@@ -22,7 +22,7 @@ from sagacity.core.plan import (
     TimeoutRow,
     TransitionRow,
 )
-from sagacity.ports import DeadLetter, PendingRow
+from sagacity.ports import DeadLetter, Mark, PendingRow
 
 Key = tuple[str, str]
 """(saga_type, saga_key), (consumer, message_id) or (uid, name)."""
@@ -66,15 +66,6 @@ class Tombstone(msgspec.Struct, frozen=True, array_like=True):
     at: int
 
 
-class Mark(msgspec.Struct, frozen=True, array_like=True):
-    """How far the bus was known to be in a topic."""
-
-    topic: str
-    at: int
-    entry_id: str
-    seq: int
-
-
 class Rows(msgspec.Struct, array_like=True):
     """All rows of all tables, each table in the order of its keys."""
 
@@ -82,9 +73,11 @@ class Rows(msgspec.Struct, array_like=True):
     last_letter: int
     last_token: int
     epoch: str
+    identity: str
     sagas: list[Instance]
     inbox: list[tuple[Key, Seen]]
     correlations: list[CorrelationRow]
+    past_keys: list[tuple[tuple[str, str, str], int]]
     outbox: list[tuple[int, Sent]]
     pending: list[int]
     timeouts: list[TimeoutRow]
@@ -103,26 +96,30 @@ class Tables:
         self.last_seq = 0
         self.last_letter = 0
         self.last_token = 0
-        self.epoch = ""
+        self.epoch, self.identity = "", ""
+        """Of the bus, as it was last seen."""
         self.sagas: dict[Key, Instance] = {}
         self.inbox: dict[Key, Seen] = {}
         self.correlations: defaultdict[tuple[str, str, str], dict[str, bool]] = defaultdict(dict)
         """(saga_type, name, value) -> saga_key -> whether it is unique."""
+        self.past_keys: dict[tuple[str, str, str], int] = {}
+        """(saga_type, name, value) that finished instances had -> when."""
         self.outbox: dict[int, Sent] = {}
         self.pending: dict[int, None] = {}
-        """Numbers of the outbox rows that the bus has not acknowledged, in order."""
+        """Numbers of the outbox rows that the bus has not acknowledged."""
         self.timeouts: dict[Key, TimeoutRow] = {}
         self.parked: dict[Key, Parked] = {}
         self.lanes: dict[str, Lane] = {}
         self.tombstones: dict[str, Tombstone] = {}
         self.dead_letters: dict[int, DeadLetter] = {}
         self.transitions: list[TransitionRow] = []
-        self.marks: list[Mark] = []
+        self.marks: dict[tuple[str, int], Mark] = {}
+        """(topic, at) -> mark."""
         # Indexes.
         self.message_ids: set[str] = set()
         """Ids in the outbox."""
         self.pending_of: defaultdict[str, dict[int, None]] = defaultdict(dict)
-        """Lane -> its pending rows, in order."""
+        """Lane -> its pending rows."""
         self.keys_of: defaultdict[Key, set[tuple[str, str, str]]] = defaultdict(set)
         """(saga_type, saga_key) -> its further keys."""
         self.parked_for: defaultdict[str, dict[Key, None]] = defaultdict(dict)
@@ -139,6 +136,7 @@ class Tables:
             last_letter=self.last_letter,
             last_token=self.last_token,
             epoch=self.epoch,
+            identity=self.identity,
             sagas=[self.sagas[key] for key in sorted(self.sagas)],
             inbox=sorted(self.inbox.items(), key=lambda item: item[0]),
             correlations=[
@@ -146,6 +144,7 @@ class Tables:
                 for place, owners in sorted(self.correlations.items())
                 for saga_key, unique in sorted(owners.items())
             ],
+            past_keys=sorted(self.past_keys.items()),
             outbox=sorted(self.outbox.items(), key=lambda item: item[0]),
             pending=sorted(self.pending),
             timeouts=[self.timeouts[key] for key in sorted(self.timeouts)],
@@ -154,7 +153,7 @@ class Tables:
             tombstones=sorted(self.tombstones.items(), key=lambda item: item[0]),
             dead_letters=[self.dead_letters[key] for key in sorted(self.dead_letters)],
             transitions=list(self.transitions),
-            marks=list(self.marks),
+            marks=[self.marks[key] for key in sorted(self.marks)],
         )
 
     @classmethod
@@ -162,11 +161,13 @@ class Tables:
         """Tables that hold these rows."""
         tables = cls()
         tables.last_seq, tables.last_letter = rows.last_seq, rows.last_letter
-        tables.last_token, tables.epoch = rows.last_token, rows.epoch
+        tables.last_token = rows.last_token
+        tables.epoch, tables.identity = rows.epoch, rows.identity
         tables.sagas = {(one.type, one.key): one for one in rows.sagas}
         tables.inbox = dict(rows.inbox)
         for row in rows.correlations:
             tables.correlate(row)
+        tables.past_keys = dict(rows.past_keys)
         tables.outbox = dict(rows.outbox)
         tables.message_ids = {sent.envelope.id for sent in tables.outbox.values()}
         tables.mark_pending(rows.pending)
@@ -175,7 +176,8 @@ class Tables:
             tables.park(parked)
         tables.lanes, tables.tombstones = dict(rows.lanes), dict(rows.tombstones)
         tables.dead_letters = {letter.id: letter for letter in rows.dead_letters}
-        tables.transitions, tables.marks = list(rows.transitions), list(rows.marks)
+        tables.transitions = list(rows.transitions)
+        tables.marks = {(mark.topic, mark.at): mark for mark in rows.marks}
         return tables
 
     # --- outbox ---------------------------------------------------------------------------------

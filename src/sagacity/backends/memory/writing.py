@@ -33,10 +33,12 @@ def write_plan(tables: Tables, plan: Plan) -> None:
         tables.sagas[instance.type, instance.key] = instance
     for row in plan.inbox:
         tables.inbox[row.consumer, row.message_id] = Seen(row.outcome, plan.now)
-    for correlation in plan.correlations:
-        tables.correlate(correlation)
     for key in plan.correlations_dropped:
         tables.drop_keys(key)
+    for correlation in plan.correlations:
+        tables.correlate(correlation)
+    for past in plan.correlations_past:
+        tables.past_keys[past] = plan.now
     for key in plan.timeouts_cancelled:
         tables.timeouts.pop(key, None)
     for timeout in plan.timeouts:
@@ -130,13 +132,15 @@ def _check_inbox(tables: Tables, plan: Plan) -> None:
 
 
 def _check_correlations(tables: Tables, plan: Plan) -> None:
+    dropped = set(plan.correlations_dropped)
     owners: dict[tuple[str, str, str], str] = {}
     for row in plan.correlations:
         if not row.unique:
             continue
         place = (row.saga_type, row.name, row.value)
         known = tables.correlations.get(place, {})
-        owner = next((key for key, unique in known.items() if unique), row.saga_key)
+        keeping = (key for key, unique in known.items() if unique)
+        owner = next((k for k in keeping if (row.saga_type, k) not in dropped), row.saga_key)
         if owner == row.saga_key:
             owner = owners.setdefault(place, row.saga_key)
         if owner != row.saga_key:

@@ -36,6 +36,7 @@ from sagacity.backends.sql.rows import (
 )
 from sagacity.backends.sql.tables import (
     correlation,
+    correlation_past,
     dead_letter,
     inbox,
     parked,
@@ -89,13 +90,18 @@ def _all(written: int, rows: Sequence[Row], what: str, why: str) -> None:
 
 def _write_correlations(connection: Connection, plan: Plan) -> None:
     dialect = dialect_of(connection)
+    dropped = sorted({(kind, key.encode()) for kind, key in plan.correlations_dropped})
+    dialect.delete(connection, correlation, ("saga_type", "saga_key"), dropped)
     rows = sorted({correlation_row(row) for row in plan.correlations})
     written = dialect.insert(connection, correlation, CORRELATION_COLUMNS, rows)
     if written != len(rows):
         # Something was there: harmless, unless it is a unique value of somebody else.
         _check_owners(connection, [row for row in plan.correlations if row.unique])
-    dropped = sorted({(kind, key.encode()) for kind, key in plan.correlations_dropped})
-    dialect.delete(connection, correlation, ("saga_type", "saga_key"), dropped)
+    past = sorted(
+        {(kind, name, value.encode(), plan.now) for kind, name, value in plan.correlations_past}
+    )
+    columns = ("saga_type", "name", "value", "at")
+    dialect.insert(connection, correlation_past, columns, past, replace=True)
 
 
 def _check_owners(connection: Connection, rows: Collection[CorrelationRow]) -> None:

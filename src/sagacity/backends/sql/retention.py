@@ -19,6 +19,7 @@ from sqlalchemy import (
 from sagacity.backends.sql.dialects import Dialect, dialect_of
 from sagacity.backends.sql.tables import (
     correlation,
+    correlation_past,
     dead_letter,
     inbox,
     lane,
@@ -50,6 +51,7 @@ def clean(connection: Connection, retention: Retention, now: int, limit: int) ->
         (transition, transition.c.at, (), now - retention.history_us),
         (dead_letter, dead_letter.c.at, (), now - retention.dead_letters_us),
         (tombstone, tombstone.c.at, (), inbox_end),
+        (correlation_past, correlation_past.c.at, (), inbox_end),
         (lane, lane.c.at, (~_HAS_WORK, lane.c.lease_until <= now), inbox_end),
     ]
     gone = _finished(connection, now - retention.finished_us, limit)

@@ -90,6 +90,19 @@ correlation = Table(
 )
 """Further keys of instances."""
 
+correlation_past = Table(
+    f"{PREFIX}correlation_past",
+    metadata,
+    _text("saga_type"),
+    _text("name"),
+    _bytes("value"),
+    _int("at"),
+    PrimaryKeyConstraint("saga_type", "name", "value"),
+    Index(f"{PREFIX}correlation_past_by_time", "at"),
+    sqlite_with_rowid=False,
+)
+"""Further keys that finished instances had: events that look for them are late, not early."""
+
 Index(
     f"{PREFIX}correlation_unique",
     correlation.c.saga_type,

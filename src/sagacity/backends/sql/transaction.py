@@ -14,7 +14,14 @@ from sagacity.backends.sql.dialects import Dialect, Given, dialect_of, read, sav
 from sagacity.backends.sql.errors import translated
 from sagacity.backends.sql.plan_writer import write_plan
 from sagacity.backends.sql.rows import instance_of
-from sagacity.backends.sql.tables import correlation, inbox, parked, saga, timeout
+from sagacity.backends.sql.tables import (
+    correlation,
+    correlation_past,
+    inbox,
+    parked,
+    saga,
+    timeout,
+)
 from sagacity.core.errors import Conflict
 from sagacity.core.plan import Known, Loaded, Plan
 from sagacity.ports import Lookup, PendingRow
@@ -81,6 +88,12 @@ def _correlated(
     for row in read(connection, statement, given.arguments(asked)):
         lookup = Lookup(saga_type=row.saga_type, name=row.name, value=row.value.decode())
         found.setdefault(lookup, []).append(row.saga_key.decode())
+    rest = [one for one in lookups if one not in found]
+    if rest:
+        statement, given = _past_statement(dialect_of(connection))
+        asked = [(one.saga_type, one.name, one.value.encode()) for one in rest]
+        for row in read(connection, statement, given.arguments(asked)):
+            found[Lookup(row.saga_type, row.name, row.value.decode())] = []
     return {lookup: tuple(sorted(keys)) for lookup, keys in found.items()}
 
 
@@ -89,6 +102,13 @@ def _correlated_statement(dialect: Dialect) -> tuple[Select[Any], Given]:
     key = (correlation.c.saga_type, correlation.c.name, correlation.c.value)
     given = dialect.given(*key)
     return select(*key, correlation.c.saga_key).where(given.holds(*key)), given
+
+
+@cache
+def _past_statement(dialect: Dialect) -> tuple[Select[Any], Given]:
+    key = (correlation_past.c.saga_type, correlation_past.c.name, correlation_past.c.value)
+    given = dialect.given(*key)
+    return select(*key).where(given.holds(*key)), given
 
 
 def _known(

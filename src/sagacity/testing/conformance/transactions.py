@@ -297,6 +297,18 @@ class TransactionSuite:
             assert await w.load("o1") == {}
             assert (await w.known(inbox=[("Order", "m1")])).seen == set()
 
+    async def test_a_refused_plan_cannot_be_committed_by_catching_it(
+        self, database: StoreDatabase
+    ) -> None:
+        async with workers(database) as w:
+            await w.write(inbox=[inbox("m0")])
+            with pytest.raises(Conflict):  # noqa: PT012 - it is raised by the exit
+                async with w.first.transaction() as transaction:
+                    refused = Plan(now=w.now, saga_inserts=[instance()], inbox=[inbox("m0")])
+                    with pytest.raises(Conflict):
+                        await transaction.write(refused)
+            assert await w.is_untouched()
+
     async def test_an_empty_plan_is_no_error(self, database: StoreDatabase) -> None:
         async with workers(database) as w:
             assert await w.write() == []
@@ -462,15 +474,32 @@ class TransactionSuite:
             await w.write(correlations=[correlation("ann", "o2", unique=True)])
             assert await w.correlated("ann") == ("o2",)
 
-    async def test_a_key_taken_and_given_back_in_one_plan_is_free(
+    async def test_keys_are_given_back_before_the_next_instance_takes_its_own(
         self, database: StoreDatabase
     ) -> None:
         async with workers(database) as w:
+            await w.write(correlations=[correlation("ann", "o1", unique=True)])
             await w.write(
-                correlations=[correlation("ann", "o1", unique=True)],
+                correlations=[correlation("bob", "o1", unique=True)],
                 correlations_dropped=[("Order", "o1")],
             )
             assert await w.correlated("ann") == ()
+            assert await w.correlated("bob") == ("o1",)
+
+    async def test_a_key_that_only_finished_instances_had_is_told_from_an_unheard_one(
+        self, database: StoreDatabase
+    ) -> None:
+        async with workers(database) as w:
+            await w.write(correlations=[correlation("ann", "o1"), correlation("bob", "o1")])
+            past = [("Order", "user", value) for value in ("ann", "bob")]
+            await w.write(correlations_dropped=[("Order", "o1")], correlations_past=past)
+            await w.write(
+                correlations=[correlation("bob", "o2")], correlations_past=[("Order", "user", "bob")]
+            )
+            lookups = {value: Lookup("Order", "user", value) for value in ("ann", "bob", "eve")}
+            async with w.first.transaction() as transaction:
+                found = await transaction.correlated(lookups.values())
+            assert found == {lookups["ann"]: (), lookups["bob"]: ("o2",)}
 
     # ----------------------------------------------------------------------------------- timeouts
 
