@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -12,10 +11,12 @@ from sqlalchemy import URL, Connection, event, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.util import await_only
 
 from sagacity.backends.sql.clock import DatabaseClock
-from sagacity.backends.sql.dialects import POSTGRESQL, UNHEX, Dialect, dialect_named
+from sagacity.backends.sql.dialects import POSTGRESQL, SQLITE, UNHEX, Dialect, dialect_named
 from sagacity.backends.sql.errors import translated
+from sagacity.backends.sql.turns import Turn, Turns
 from sagacity.core.errors import ConfigurationError, Unavailable
 from sagacity.ports import Clock
 
@@ -24,15 +25,20 @@ T = TypeVar("T")
 DRIVERS = {"sqlite": "aiosqlite", "postgresql": "asyncpg or psycopg"}
 READ_ONLY = "sagacity_read_only"
 """Execution option of a connection that will not write: SQLite then need not wait for writers."""
+TURN = "sagacity_turn"
+"""Execution option that holds the `Turn` to take before a transaction that may write begins."""
 
 BUSY_TIMEOUT_MS = 10_000
 LOCK_TIMEOUT_MS = 5_000
 STATEMENT_TIMEOUT_MS = 30_000
 IDLE_TIMEOUT_MS = 15_000
+SESSION_IDLE_TIMEOUT_MS = 120_000
+"""For the session of a participant, who may wait for the outside world between two statements."""
 CONNECT_TIMEOUT_S = 5
 
 _POSTGRESQL_SETTINGS = f"""
 SELECT set_config('plan_cache_mode', 'force_custom_plan', false),
+       set_config('jit', 'off', false),
        set_config('default_transaction_isolation', 'read committed', false),
        set_config('lock_timeout', '{LOCK_TIMEOUT_MS}', false),
        set_config('statement_timeout', '{STATEMENT_TIMEOUT_MS}', false),
@@ -41,8 +47,9 @@ SELECT set_config('plan_cache_mode', 'force_custom_plan', false),
                   CASE WHEN current_setting('synchronous_commit') IN ('off', 'local') THEN 'on'
                        ELSE current_setting('synchronous_commit') END, false)
 """
-# A plan made while a table was empty must not stay (protocol.md M14b); a frozen worker must not hold
-# its locks for ever (row 65); a commit that was acknowledged must be on disk (row 67).
+# A plan made while a table was empty must not stay (protocol.md M14b), and none of our statements is
+# worth compiling; a frozen worker must not hold its locks for ever (row 65); a commit that was
+# acknowledged must be on disk (row 67).
 
 
 def open_engine(url: str | URL) -> AsyncEngine:
@@ -131,8 +138,14 @@ def _set_up_sqlite(connection: Any, record: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    read_only = connection.get_execution_options().get(READ_ONLY, False)
-    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+    options = connection.get_execution_options()
+    if options.get(READ_ONLY, False):
+        connection.exec_driver_sql("BEGIN")
+        return
+    turn: Turn | None = options.get(TURN)
+    if turn is not None:
+        await_only(turn.take())
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 class Database:
@@ -146,6 +159,7 @@ class Database:
         self.dialect: Dialect = dialect_named(engine.dialect.name)
         self.clock: Clock = clock or DatabaseClock()
         self.deadline_s = deadline_s
+        self.turns = Turns(BUSY_TIMEOUT_MS / 1000) if self.dialect is SQLITE else None
         self._owned = owned
 
     async def read(self, what: str, work: Callable[[Connection], T]) -> T:
@@ -185,13 +199,19 @@ class Database:
 
 
 class OpenTransaction:
-    """A connection inside a transaction. Leaving commits; an exception rolls back."""
+    """A connection inside a transaction. Leaving commits; an exception rolls back.
+
+    Once something has failed in it, it can only roll back: leaving then raises that error, whether or
+    not it was caught inside.
+    """
 
     def __init__(self, database: Database, what: str, *, read_only: bool = False) -> None:
         self._database = database
         self._what = what
         self._read_only = read_only
+        self._turn = Turn(database.turns) if database.turns and not read_only else None
         self._connection: AsyncConnection | None = None
+        self._failure: Exception | None = None
         self.now = 0
         """The store's time at the begin."""
 
@@ -205,10 +225,9 @@ class OpenTransaction:
         return self
 
     async def _begin(self) -> None:
-        connection = self._connection = self._database.engine.connect()
-        await connection.start()
-        if self._read_only:
-            await connection.execution_options(**{READ_ONLY: True})
+        connection = await self._database.engine.connect().start()
+        self._connection = connection
+        await connection.execution_options(**{READ_ONLY: self._read_only, TURN: self._turn})
         await connection.begin()
         clock = self._database.clock
         if isinstance(clock, DatabaseClock) and clock.stale:
@@ -220,7 +239,11 @@ class OpenTransaction:
         connection = self._connection
         if connection is None:
             raise Unavailable(f"{what}: the transaction has ended")
-        return await self._database.bounded(what, lambda: connection.run_sync(work))
+        try:
+            return await self._database.bounded(what, lambda: connection.run_sync(work))
+        except Exception as error:
+            self._failure = error
+            raise
 
     async def __aexit__(
         self,
@@ -234,13 +257,15 @@ class OpenTransaction:
             return
         ended = False
         try:
-            if error is None and not self._read_only:
+            if error is None and self._failure is None and not self._read_only:
                 await self._database.bounded(f"{self._what}: commit", connection.commit)
                 ended = True
-            elif not isinstance(error, Unavailable):
+            elif not isinstance(error or self._failure, Unavailable):
                 ended = await self._rolled_back(connection)
         finally:
             await self._give_back(broken=not ended)
+        if error is None and self._failure is not None:
+            raise self._failure
 
     async def _rolled_back(self, connection: AsyncConnection) -> bool:
         try:
@@ -251,10 +276,12 @@ class OpenTransaction:
 
     async def _give_back(self, *, broken: bool) -> None:
         connection, self._connection = self._connection, None
-        if connection is None:
-            return
-        with anyio.move_on_after(self._database.deadline_s, shield=True):
-            if broken:
-                with contextlib.suppress(Exception):  # it may never have been connected
-                    await connection.invalidate()
-            await connection.close()
+        try:
+            if connection is not None:
+                with anyio.move_on_after(self._database.deadline_s, shield=True):
+                    if broken:
+                        await connection.invalidate()
+                    await connection.close()
+        finally:
+            if self._turn is not None:
+                self._turn.give_up()

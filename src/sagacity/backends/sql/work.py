@@ -8,14 +8,22 @@ from types import TracebackType
 from typing import Any, Self
 
 import anyio
-from sqlalchemy import Connection
+from sqlalchemy import Connection, event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session, SessionTransaction
 
 from sagacity.backends.sql import outbox
-from sagacity.backends.sql.database import Database, OpenTransaction
+from sagacity.backends.sql.database import (
+    SESSION_IDLE_TIMEOUT_MS,
+    TURN,
+    Database,
+    OpenTransaction,
+)
+from sagacity.backends.sql.dialects import POSTGRESQL
 from sagacity.backends.sql.errors import lost_to_others, translated
 from sagacity.backends.sql.session import SagaSession
 from sagacity.backends.sql.tasks import end
+from sagacity.backends.sql.turns import Turn
 from sagacity.core.errors import Conflict, Unavailable
 from sagacity.ports import Finish, PendingRow, Task
 
@@ -36,12 +44,18 @@ class SqlWork:
         self._task = task
         self._factory = factory
         self._session: AsyncSession | None = None
+        self._turn = Turn(database.turns) if database.turns else None
 
     @property
     def session(self) -> AsyncSession:
         """The user's session. Its transaction begins with its first statement, not before."""
         if self._session is None:
-            self._session = self._factory(self._database.engine)
+            engine = self._database.engine
+            if self._turn is not None:
+                engine = engine.execution_options(**{TURN: self._turn})
+            self._session = self._factory(engine)
+            if self._database.dialect is POSTGRESQL:
+                event.listen(self._session.sync_session, "after_begin", _allow_waiting)
         return self._session
 
     async def finish(self, finish: Finish) -> list[PendingRow]:
@@ -61,6 +75,7 @@ class SqlWork:
                 recorded = await _flushed(session)
                 rows = await self._end_in(session, finish, recorded)
                 await session.commit()
+                self._give_up_turn()
             except Exception as error:
                 if lost_to_others(error):
                     raise translated(error, "finish") from error
@@ -95,11 +110,30 @@ class SqlWork:
     ) -> None:
         """Rolls back whatever was not committed."""
         session, self._session = self._session, None
-        if session is None:
-            return
-        with anyio.move_on_after(self._database.deadline_s, shield=True), suppress(Exception):
-            # Whatever fails here, fails on a connection that SQLAlchemy then throws away.
-            await session.close()
+        try:
+            if session is not None:
+                with (
+                    anyio.move_on_after(self._database.deadline_s, shield=True),
+                    suppress(Exception),
+                ):
+                    # Whatever fails here, fails on a connection that SQLAlchemy then throws away.
+                    await session.close()
+        finally:
+            self._give_up_turn()
+
+    def _give_up_turn(self) -> None:
+        if self._turn is not None:
+            self._turn.give_up()
+
+
+def _allow_waiting(
+    session: Session, transaction: SessionTransaction, connection: Connection
+) -> None:
+    del session
+    if not transaction.nested:
+        connection.exec_driver_sql(
+            f"SET LOCAL idle_in_transaction_session_timeout = {SESSION_IDLE_TIMEOUT_MS}"
+        )
 
 
 async def _flushed(session: AsyncSession) -> list[PendingRow]:

@@ -1,0 +1,167 @@
+"""How many statements a batch takes, and what the database does for the ones that are repeated."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from sagacity.backends.sql import SqlStore
+from sagacity.core.plan import Plan
+from sagacity.testing.clock import VirtualClock
+from sagacity.testing.conformance.stores import inbox, instance, outbox, parked, timeout
+from sagacity.testing.conformance.tasks import GAP, LEASE, work
+from tests.backends.sql.statement_log import Statement, logged, one_batch
+
+pytestmark = pytest.mark.asyncio
+
+HISTORY = 100_000
+"""Rows of each of the tables that grow."""
+GROWING = tuple(
+    f"sagacity_{name}" for name in ("outbox", "inbox", "saga", "lane", "tombstone", "transition")
+)
+
+
+async def test_the_number_of_statements_does_not_depend_on_the_batch(store_url: str) -> None:
+    store = SqlStore(store_url, clock=VirtualClock())
+    try:
+        await store.prepare(create=True)
+        with logged(store.engine) as few:
+            await one_batch(store, 4)
+        with logged(store.engine) as many:
+            await one_batch(store, 300, base=1000)
+        assert [one.sql for one in few] == [one.sql for one in many]
+        start = [one.sql for one in few].index("COMMIT") + 1
+        assert len(few[start:]) <= 28, "\n".join(one.sql for one in few[start:])
+    finally:
+        await store.close()
+
+
+async def test_a_batch_writes_only_what_it_has(store_url: str) -> None:
+    store = SqlStore(store_url, clock=VirtualClock())
+    try:
+        await store.prepare(create=True)
+        with logged(store.engine) as statements:
+            async with store.transaction() as transaction:
+                await transaction.load({"Order": ["o1"]})
+                await transaction.known([("Order", "m1")])
+                await transaction.write(
+                    Plan(
+                        now=0, saga_inserts=[instance()], inbox=[inbox()], outbox=[outbox("c", "l")]
+                    )
+                )
+        most = {"sqlite": 11, "postgresql": 8}[store.engine.dialect.name]
+        assert len(statements) <= most, "\n".join(one.sql for one in statements)
+    finally:
+        await store.close()
+
+
+# --- the cost of polling (R35) -------------------------------------------------------------------
+
+
+@pytest.mark.requirement("R35")
+@pytest.mark.slow
+async def test_polling_costs_the_same_whatever_the_history(store_url: str) -> None:
+    store = SqlStore(store_url, clock=VirtualClock())
+    try:
+        await store.prepare(create=True)
+        async with store.transaction() as transaction:
+            await transaction.write(_something_of_everything(transaction.now))
+        await _fill(store.engine)
+        with logged(store.engine) as statements:
+            await _poll(store)
+        polls = [one for one in statements if one.sql.startswith(("SELECT", "DELETE", "UPDATE"))]
+        assert len(polls) >= 10
+        if store.engine.dialect.name == "sqlite":
+            for one in polls:
+                await _uses_indexes(store.engine, one)
+        else:
+            for one in polls:
+                pages = await _pages(store.engine, one)
+                assert pages < 200, f"{pages} pages for {one.sql}"
+    finally:
+        await store.close()
+
+
+def _something_of_everything(now: int) -> Plan:
+    return Plan(
+        now=now,
+        saga_inserts=[instance()],
+        inbox=[inbox()],
+        outbox=[outbox("c1", "lane"), outbox("c2")],
+        timeouts=[timeout()],
+        parked=[parked("m2"), work("m3", "lane", 1)],
+    )
+
+
+async def _poll(store: SqlStore) -> None:
+    """Everything a worker repeats, whether there is something to do or not."""
+    now = store.clock.now()
+    rows = await store.pending(now, 300)
+    await store.due(["Order"], 300)
+    await store.claim({"pay": 10}, LEASE, GAP)
+    await store.next_task_at(["pay"])
+    async with store.transaction() as transaction:
+        await transaction.load({"Order": ["o1", "o2"]})
+        await transaction.known([("Order", "m1")], [("uid-of-o1", "late", 1)], [("Order", "m2")])
+        await transaction.write(
+            Plan(now=now, outbox=[outbox("c3", "lane")]), [row.seq for row in rows]
+        )
+
+
+async def _fill(engine: AsyncEngine) -> None:
+    """A long history: everything published, everything handled."""
+    generate = (
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :many) "
+        if engine.dialect.name == "sqlite"
+        else "WITH n(i) AS (SELECT generate_series(1, :many)) "
+    )
+    blob = "CAST('h' || i AS BLOB)" if engine.dialect.name == "sqlite" else "('h' || i)::bytea"
+    empty = "x''" if engine.dialect.name == "sqlite" else "''::bytea"
+    tables = {
+        "sagacity_outbox (message_id, message_type, destination, lane, headers, body, created_at)": (
+            f"{blob}, 'T', 'orders', {blob}, {blob}, {blob}, i"
+        ),
+        "sagacity_inbox (consumer, message_id, outcome, at)": f"{blob}, {blob}, 'handled', i",
+        "sagacity_saga (saga_type, saga_key, uid, version, status, state, schema_version, data, "
+        "ledger, started_at, updated_at)": (
+            f"'Order', {blob}, {blob}, 1, 'completed', 's', 1, {blob}, {blob}, i, i"
+        ),
+        "sagacity_lane (lane, next_sequence, token, lease_until, at)": f"{blob}, 1, {empty}, 0, i",
+        "sagacity_tombstone (command_id, consumer, at)": f"{blob}, {blob}, i",
+    }
+    async with engine.begin() as connection:
+        for table, values in tables.items():
+            await connection.execute(
+                text(f"INSERT INTO {table} {generate} SELECT {values} FROM n"), {"many": HISTORY}
+            )
+    async with engine.connect() as connection:
+        await connection.execution_options(isolation_level="AUTOCOMMIT")
+        await connection.execute(text("ANALYZE"))
+
+
+async def _pages(engine: AsyncEngine, statement: Statement) -> int:
+    """How many pages PostgreSQL touches for a statement."""
+    async with engine.connect() as connection:
+        result = await connection.exec_driver_sql(
+            f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement.sql}", statement.parameters
+        )
+        told: Any = result.scalar_one()
+        await connection.rollback()
+    plan = (json.loads(told) if isinstance(told, str) else told)[0]["Plan"]
+    return int(plan["Shared Hit Blocks"]) + int(plan["Shared Read Blocks"])
+
+
+async def _uses_indexes(engine: AsyncEngine, statement: Statement) -> None:
+    """Fails if SQLite would walk through one of the tables that grow."""
+    parameters = statement.parameters[0] if statement.many else statement.parameters
+    async with engine.connect() as connection:
+        result = await connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement.sql}", parameters)
+        steps = [str(row["detail"]) for row in result.mappings()]
+        await connection.rollback()
+    for step in steps:
+        for table in GROWING:
+            assert f"SCAN {table} " not in f"{step} ", f"{steps} for {statement.sql}"
