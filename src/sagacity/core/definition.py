@@ -159,7 +159,7 @@ class Definition:
         )
 
     def encode(self, saga: Saga) -> bytes:
-        """A saga's data as JSON with sorted keys. Raises HandlerError for values that do not fit."""
+        """A saga's data as JSON, the same bytes each time. Raises HandlerError for other values."""
         try:
             return self._encode(saga)
         except (

@@ -119,7 +119,7 @@ class Instance(msgspec.Struct, frozen=True):
     state: str
     schema_version: int
     data: bytes
-    """The saga's annotated fields, encoded as JSON with sorted keys."""
+    """The saga's annotated fields as JSON: as declared, dict keys and sets sorted."""
     ledger: Ledger
     started_at: int
     updated_at: int

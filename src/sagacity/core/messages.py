@@ -178,7 +178,7 @@ _encoder = msgspec.json.Encoder(order="deterministic")
 
 
 def encode_message(message: Message) -> bytes:
-    """A message as JSON with sorted keys.
+    """A message as JSON, the same bytes each time: fields as declared, dict keys and sets sorted.
 
     Raises NotRecordable for a payload that is no plain value: events carry ids and values, never
     live objects.

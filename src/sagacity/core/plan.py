@@ -85,8 +85,11 @@ class Arrival(msgspec.Struct, frozen=True, kw_only=True):
     """When it was first parked."""
     delivery: int = -1
     """Index of the delivery in its batch; -1 for what does not come from the bus."""
-    looked_up: bool = False
-    """True where instances are looked up by a further key: another look may find other ones."""
+
+    @property
+    def looked_up(self) -> bool:
+        """True where instances are looked up by a further key: another look may find other ones."""
+        return self.by is not None
 
     @property
     def guards(self) -> tuple[tuple[str, str], ...]:
@@ -257,6 +260,10 @@ class Plan(msgspec.Struct, kw_only=True):
     )
     """(saga_type, saga_key) of finished instances whose keys are free again; deleted before
     `correlations` are written, which may be those of the next instance with that key."""
+    correlations_past: list[tuple[str, str, str]] = msgspec.field(
+        default_factory=list[tuple[str, str, str]]
+    )
+    """(saga_type, name, value) that finished instances had: a late event is told from an early one."""
     correlations: list[CorrelationRow] = msgspec.field(default_factory=list[CorrelationRow])
     """A unique one that belongs to another instance raises KeyTaken; a known one is no error."""
     outbox: list[OutboxRow] = msgspec.field(default_factory=list[OutboxRow])
@@ -400,7 +407,7 @@ def arrivals_of(
                 attempts=row.attempts if row is not None else 0,
                 parked_at=row.parked_at if row is not None else 0,
                 delivery=delivery,
-                looked_up=looked_up,
+                by=routed.lookup,
             )
         )
     return made
@@ -511,7 +518,8 @@ class _Batch:
             spot = (arrival.envelope.id, arrival.saga_type, key)
             if spot not in self.reached:
                 self.reached.add(spot)
-                outcome = self.arrive(_at(arrival, key))
+                further = self.arrive(_at(arrival, key))
+                outcome = outcome if outcome is Outcome.BUSY else further
         return outcome
 
     def meet_late(self, arrival: Arrival) -> Outcome:
@@ -690,6 +698,11 @@ class _Batch:
                 row for row in plan.correlations if (row.saga_type, row.saga_key) != place
             ]
             plan.correlations_dropped.append(place)
+            plan.correlations_past.extend(
+                (after.type, name, value)
+                for name, values in after.ledger.keys.items()
+                for value in values
+            )
             self.claims = {c: key for c, key in self.claims.items() if (c[0], key) != place}
         plan.transitions.append(_transition(envelope, before, after, decision))
 

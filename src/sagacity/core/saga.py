@@ -18,7 +18,9 @@ from typing import (
     ClassVar,
     Literal,
     Protocol,
+    TypedDict,
     TypeVar,
+    Unpack,
     cast,
     dataclass_transform,
     overload,
@@ -53,7 +55,13 @@ from sagacity.core.messages import (
 if TYPE_CHECKING:
     from sagacity.core.definition import Definition
 
-E = TypeVar("E", bound=Event)
+E1 = TypeVar("E1", bound=Event)
+E2 = TypeVar("E2", bound=Event)
+E3 = TypeVar("E3", bound=Event)
+E4 = TypeVar("E4", bound=Event)
+E5 = TypeVar("E5", bound=Event)
+E6 = TypeVar("E6", bound=Event)
+E_co = TypeVar("E_co", covariant=True)
 H = TypeVar("H", bound=Callable[..., Any])
 
 Missing = Literal["wait", "ignore", "dead-letter"]
@@ -115,13 +123,23 @@ DECLARED = "__sagacity_declared__"
 POLICIES = "__sagacity_policies__"
 
 
-class _EventHandler(Protocol[E]):
+class _EventHandler(Protocol[E_co]):
+    """Takes a method that takes the event, or only ``self``."""
+
+    # What comes back takes anything, so that another decorator can be put on top of this one.
     @overload
-    def __call__(self, handler: Callable[[Any, E], None], /) -> Callable[[Any, E], None]: ...
-    @overload
-    def __call__(self, handler: Callable[[Any, E], Any], /) -> Callable[[Any, E], Any]: ...
+    def __call__(self, handler: Callable[[Any, E_co], Any], /) -> Callable[[Any, Any], Any]: ...
     @overload
     def __call__(self, handler: Callable[[Any], Any], /) -> Callable[[Any], Any]: ...
+
+
+class _Options(TypedDict, total=False):
+    when: States | None
+    goto: States | None
+    starts: bool
+    key: str | None
+    field: KeyOf | None
+    missing: Missing
 
 
 def _states(value: States | None) -> tuple[State, ...] | None:
@@ -146,15 +164,57 @@ def _declare(declared: list[Declared]) -> Callable[[H], H]:
     return mark
 
 
+@overload
+def on(event1: type[E1], /, **options: Unpack[_Options]) -> _EventHandler[E1]: ...
+@overload
 def on(
-    *events: type[E],
+    event1: type[E1], event2: type[E2], /, **options: Unpack[_Options]
+) -> _EventHandler[E1 | E2]: ...
+@overload
+def on(
+    event1: type[E1], event2: type[E2], event3: type[E3], /, **options: Unpack[_Options]
+) -> _EventHandler[E1 | E2 | E3]: ...
+@overload
+def on(
+    event1: type[E1],
+    event2: type[E2],
+    event3: type[E3],
+    event4: type[E4],
+    /,
+    **options: Unpack[_Options],
+) -> _EventHandler[E1 | E2 | E3 | E4]: ...
+@overload
+def on(
+    event1: type[E1],
+    event2: type[E2],
+    event3: type[E3],
+    event4: type[E4],
+    event5: type[E5],
+    /,
+    **options: Unpack[_Options],
+) -> _EventHandler[E1 | E2 | E3 | E4 | E5]: ...
+@overload
+def on(
+    event1: type[E1],
+    event2: type[E2],
+    event3: type[E3],
+    event4: type[E4],
+    event5: type[E5],
+    event6: type[E6],
+    /,
+    **options: Unpack[_Options],
+) -> _EventHandler[E1 | E2 | E3 | E4 | E5 | E6]: ...
+@overload
+def on(*events: type[Event], **options: Unpack[_Options]) -> _EventHandler[Any]: ...
+def on(
+    *events: type[Event],
     when: States | None = None,
     goto: States | None = None,
     starts: bool = False,
     key: str | None = None,
     field: KeyOf | None = None,
     missing: Missing = "wait",
-) -> _EventHandler[E]:
+) -> _EventHandler[Any]:
     """Handles events.
 
     `when` names the states in which it does (default: every state that is not final). `goto` names
@@ -170,7 +230,7 @@ def on(
         raise DefinitionError("@on needs an event class, got none", caller_location(1))
     location = caller_location(1)
     return cast(
-        "_EventHandler[E]",
+        "_EventHandler[Any]",
         _declare(
             [
                 Declared(
@@ -259,7 +319,7 @@ def on_timeout(
 def _policy(
     kind: Literal["ignore", "defer"], events: tuple[type[Event], ...], when: States | None
 ) -> None:
-    namespace = calling_frame(1).f_locals
+    namespace = calling_frame(2).f_locals
     location = caller_location(2)
     if "__qualname__" not in namespace:
         raise DefinitionError(f"{kind}() belongs into the body of a saga class", location)
