@@ -146,6 +146,13 @@ class Participant(msgspec.Struct, frozen=True, kw_only=True):
     concurrency: int | None = None
 
 
+class _Answer(Event, topic="sagacity.control", name="sagacity.Answer"):
+    """What is left of a reply whose type is not known here: that it came."""
+
+
+_ANSWER = _Answer()
+
+
 class _Mark(msgspec.Struct, frozen=True, kw_only=True):
     """What a decorator says about a function."""
 
@@ -441,7 +448,12 @@ class Service:
         )
 
     def decode(self, envelope: Envelope) -> Message:
-        """The message of an envelope. Raises DecodeError."""
+        """The message of an envelope. Raises DecodeError.
+
+        A reply of a type that no saga or handler here names still answers its command.
+        """
+        if envelope.in_reply_to and envelope.type not in self.registry:
+            return _ANSWER
         return decode_framework(envelope) or self.registry.decode(envelope)
 
     def participants(self, envelope: Envelope) -> Iterator[tuple[str, Participant]]:
