@@ -21,7 +21,7 @@ from typing import Any, Self
 import httpx
 
 from examples.batch_import import surroundings
-from examples.batch_import.checking import Evidence, Verdict, check_all
+from examples.batch_import.checking import Evidence, Verdict, check_all, held_up
 from examples.batch_import.contexts import SERVICES, tables_of
 from examples.batch_import.loading import Receipt, submit
 from examples.batch_import.mail import link_in
@@ -331,6 +331,10 @@ class Program:
     def check(self) -> list[Verdict]:
         """All invariants, each with what is wrong."""
         return asyncio.run(check_all(self.evidence()))
+
+    def held_up(self) -> list[str]:
+        """What needs a person: stuck compensations and dead letters."""
+        return asyncio.run(held_up(self.evidence()))
 
     def evidence(self) -> Evidence:
         """Where `check` finds what it compares."""

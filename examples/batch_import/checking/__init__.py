@@ -5,6 +5,6 @@ service's word about another: the ledgers and the mail store are the remote syst
 """
 
 from examples.batch_import.checking.evidence import Evidence
-from examples.batch_import.checking.verdict import Verdict, check_all
+from examples.batch_import.checking.verdict import Verdict, check_all, held_up
 
-__all__ = ["Evidence", "Verdict", "check_all"]
+__all__ = ["Evidence", "Verdict", "check_all", "held_up"]
