@@ -17,16 +17,23 @@ DEADLINE_S = 20.0
 
 
 class Command:
-    """``python -m sagacity ARGUMENTS``, ended for good when the ``with`` block is left."""
+    """``saga-worker ARGUMENTS``, ended for good when the ``with`` block is left.
+
+    `program` may be ``saga`` instead.
+    """
 
     def __init__(
         self,
         *arguments: str,
         environment: Mapping[str, str] | None = None,
         directory: Path = ROOT,
-        module: str = "sagacity",
+        program: str = "saga-worker",
     ) -> None:
-        self._arguments: Sequence[str] = [sys.executable, "-m", module, *arguments]
+        start = {
+            "saga-worker": ["-m", "sagacity"],
+            "saga": ["-c", "from sagacity.cli.operator import main; main()"],
+        }[program]
+        self._arguments: Sequence[str] = [sys.executable, *start, *arguments]
         self._environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith("SAGACITY_")},
             "PYTHONUNBUFFERED": "1",

@@ -6,6 +6,7 @@ import asyncio
 import shlex
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, Final
 
 import click
@@ -15,6 +16,7 @@ from sagacity.cli import migrating
 from sagacity.cli.acting import Order, operator_name, order, preview
 from sagacity.cli.banner import package_version
 from sagacity.cli.exits import Exit
+from sagacity.cli.launching import Launch
 from sagacity.cli.load import load_service
 from sagacity.cli.options import read_settings, setting_options
 from sagacity.cli.output import age, instant, print_json, print_table
@@ -503,6 +505,35 @@ def migrate(sql: bool, dialect: str | None, dry_run: bool, as_json: bool, **opti
     settings = read_settings(options)
     click.get_current_context().find_root().obj = secrets_of([settings.store])
     migrating.run(settings.store, sql=sql, dialect=dialect, dry_run=dry_run, as_json=as_json)
+
+
+@main.command()
+@click.argument("target", metavar="MODULE:SERVICE")
+@click.option(
+    "--data",
+    metavar="DIR",
+    default=".sagacity",
+    help="Where the database and Redis keep their files.  [.sagacity]",
+)
+@click.option("--app-dir", metavar="DIR", default=".", help="Where modules are searched first.")
+@click.option("-f", "--factory", is_flag=True, help="SERVICE is a function that returns one.")
+@click.option("--no-reload", is_flag=True, help="Do not start anew when a Python file changes.")
+@setting_options(only=["store", "bus", "health", "log_level"])
+def dev(
+    target: str, data: str, app_dir: str, factory: bool, no_reload: bool, **options: Any
+) -> None:
+    """Run a service with a database and a Redis of its own, for development.
+
+    A real redis-server is started, and ends with this command; the database is an SQLite file. A
+    store or a bus that you name is used instead. Files are kept, so work goes on where it stopped.
+    """
+    from sagacity.cli.dev import run
+
+    settings = read_settings(options)
+    what = Launch(
+        target=target, app_dir=app_dir, factory=factory, reload=not no_reload, migrate=True
+    )
+    sys.exit(int(run(what, settings, Path(data))))
 
 
 def _status(error: Exception) -> Exit:
