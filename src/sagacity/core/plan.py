@@ -343,8 +343,12 @@ def route(catalog: Catalog, envelope: Envelope, only: str = "") -> list[Routed]:
     """The saga types that a message concerns, and how to find their instances.
 
     A reply names its instance in the header; any other event is looked up by the key that the saga
-    declares for it. With `only`, just that saga type is looked at. Raises DecodeError.
+    declares for it. A command is for a participant, though its header names the saga that sent it
+    and whose service may listen to the same topic. With `only`, just that saga type is looked at.
+    Raises DecodeError.
     """
+    if envelope.sequence or envelope.undoes:
+        return []
     addressed = catalog.definitions.get(envelope.saga_type)
     found: list[Routed] = []
     for saga_type, definition in catalog.definitions.items():
