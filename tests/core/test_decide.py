@@ -488,6 +488,19 @@ def test_a_reply_starts_nothing() -> None:
 # ------------------------------------------------------------------------------------ code versions
 
 
+def test_a_reply_to_another_saga_is_an_event_like_any_other() -> None:
+    """Its answer to one saga is news to all others that listen; it may even begin one of them."""
+    other = {"saga_type": "Elsewhere", "saga_key": "x", "saga_uid": "u", "in_reply_to": "c"}
+    begun = step(Again, Opened("b"), **other)
+    assert begun.handled
+    assert begun.instance is not None
+    decision = step(Again, Sealed("b"), begun.instance, **other)
+    assert decision.handled
+    assert decision.instance is not None
+    assert decision.instance.state == "shut"
+    assert step(Again, Opened("b"), decision.instance, **other).handled
+
+
 def test_data_of_newer_code_is_refused() -> None:
     instance = msgspec.structs.replace(begun(Notebook), schema_version=2)
     with pytest.raises(HandlerError, match="stored by version 2 of the class; expected 1 or"):

@@ -158,16 +158,18 @@ def decide(
     """
     kind, trigger = trigger_of(envelope, message)
     start = definition.starts.get(trigger) if kind == "event" else None
+    # Among the instances of one saga, a reply is for the one that asked and for no other. To another
+    # saga it is an event like any other.
+    reply_to_us = bool(envelope.saga_uid) and envelope.saga_type in {"", definition.saga_type}
     if instance is None:
-        # A reply is for the instance that asked, and for no other.
-        if start is None or envelope.saga_uid:
+        if start is None or reply_to_us:
             return Decision(handled=False, missing=True, reason="no instance")
         unborn = _unborn(definition, key, envelope, now)
         return _Step(definition, unborn, envelope, now, sender).run(start, message)
-    if envelope.saga_uid and envelope.saga_uid != instance.uid:
+    if reply_to_us and envelope.saga_uid != instance.uid:
         return Decision(handled=False, reason="meant for an earlier instance of this key")
     if instance.status.finished:
-        if start is None or not definition.restartable or envelope.saga_uid:
+        if start is None or not definition.restartable or reply_to_us:
             return Decision(handled=False, reason=f"instance is {instance.status}")
         unborn = _unborn(definition, instance.key, envelope, now)
         reborn = msgspec.structs.replace(unborn, version=instance.version)
