@@ -122,7 +122,11 @@ class PendingRow(msgspec.Struct, frozen=True):
 
 
 class Transaction(Protocol):
-    """The one transaction of a batch. Leaving its context commits; an exception rolls back."""
+    """The one transaction of a batch. Leaving its context commits; an exception rolls back.
+
+    So does an exception that one of its methods raised and that was caught inside: the exit raises it
+    again.
+    """
 
     @property
     def now(self) -> int:
@@ -130,7 +134,11 @@ class Transaction(Protocol):
         ...
 
     async def correlated(self, lookups: Collection[Lookup]) -> Mapping[Lookup, tuple[str, ...]]:
-        """Keys of the instances that have each value; sorted; unknown values are left out."""
+        """Keys of the instances that have each value, sorted.
+
+        A value that only finished instances had is there without keys (`Plan.correlations_past`);
+        one that nobody ever had is left out.
+        """
         ...
 
     async def load(self, wanted: Mapping[str, Collection[str]], *, wait: bool = False) -> Loaded:

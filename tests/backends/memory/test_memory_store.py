@@ -15,7 +15,7 @@ from sagacity.backends.memory.tables import Rows
 from sagacity.core.errors import ConfigurationError, Conflict, KeyTaken, StoreError
 from sagacity.core.instance import Status
 from sagacity.core.plan import Plan
-from sagacity.ports import Clock, Finish, Lookup, Task
+from sagacity.ports import Clock, Finish, Lookup, Mark, Task
 from sagacity.testing.clock import VirtualClock
 from sagacity.testing.conformance.store import StoreConformance
 from sagacity.testing.conformance.stores import (
@@ -65,6 +65,7 @@ async def filled(store: MemoryStore) -> None:
             now=transaction.now,
             saga_inserts=[instance("o1"), instance("o2", status=Status.COMPLETED)],
             inbox=[inbox("m1"), inbox("m2")],
+            correlations_past=[("Order", "user", "cid")],
             correlations=[correlation("ann"), correlation("bob", unique=True)],
             outbox=[outbox("e1", "lane"), outbox("e2"), outbox("e3", "lane")],
             timeouts=[timeout()],
@@ -77,6 +78,8 @@ async def filled(store: MemoryStore) -> None:
     tasks = await store.claim({"pay": 10}, SECOND, SECOND)
     done = [task for task in tasks if task.row.message_id == "u1"]
     await store.finish([Finish(task=task) for task in done])
+    await store.republish([], seen=await store.witness(), epoch="e1", identity="i1")
+    await store.record([Mark(topic="orders", at=1, entry_id="1-1", max_seq=1)])
 
 
 @pytest.mark.asyncio
@@ -85,9 +88,9 @@ async def test_snapshot_holds_everything_and_restores_it() -> None:
     await filled(store)
     snapshot, digest = store.snapshot(), store.state_hash()
     rows = msgspec.msgpack.decode(snapshot)
-    assert all(rows[:3]), rows[:3]  # the counters
-    names = Rows.__struct_fields__[4:-1]
-    assert all(rows[4:-1]), [name for name, row in zip(names, rows[4:-1], strict=True) if not row]
+    assert all(rows[:5]), rows[:5]  # counters, epoch, identity
+    names = Rows.__struct_fields__[5:]
+    assert all(rows[5:]), [name for name, row in zip(names, rows[5:], strict=True) if not row]
     other = MemoryStore(VirtualClock())
     other.restore(snapshot)
     assert other.snapshot() == snapshot
@@ -98,10 +101,11 @@ async def test_snapshot_holds_everything_and_restores_it() -> None:
         async with each.transaction() as transaction:
             lookup = Lookup("Order", "user", "ann")
             assert await transaction.correlated([lookup]) == {lookup: ("o1",)}
-            with pytest.raises(KeyTaken):
-                taken = correlation("bob", "o3", unique=True)
-                await transaction.write(Plan(now=transaction.now, correlations=[taken]))
-            assert await each.append([outbox("e1", "lane")]) == []
+        taken = Plan(now=0, correlations=[correlation("bob", "o3", unique=True)])
+        with pytest.raises(KeyTaken):
+            async with each.transaction() as transaction:
+                await transaction.write(taken)
+        assert await each.append([outbox("e1", "lane")]) == []
         assert await each.next_task_at(["pay"]) is None
         assert [t.row.message_id for t in await each.claim({"pay": 9}, 1, 1)] == []
     await other.append([outbox("e9")])

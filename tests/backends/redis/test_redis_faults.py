@@ -111,7 +111,7 @@ async def test_unreachable_server_is_said_in_one_line_without_secrets() -> None:
     url = "redis://worker:planted-secret@127.0.0.1:1/0?password=planted-secret"
     async with RedisBus(url, timeout_s=1.0) as bus:
         calls = [bus.publish([message(1)]), bus.check(), bus.join("g", "c", ["t"])]
-        for call in (*calls, bus.trim(["t"], 0), bus.epoch(), bus.last_entry_id("t")):
+        for call in (*calls, bus.trim(["t"], 0), bus.epoch("e"), bus.last_entry_id("t")):
             with pytest.raises(BusUnavailable) as caught:
                 await call
             text = str(caught.value)
@@ -347,7 +347,7 @@ async def test_many_blocked_readers_do_not_starve_publishers(redis_url: str) -> 
 
 async def test_cancelled_publish_does_not_mix_up_replies(redis_url: str) -> None:
     async with RedisBus(redis_url, connections_max=2) as bus:
-        await bus.set_epoch("epoch")
+        assert await bus.epoch("epoch") == "epoch"
         for number in range(60):
             async with anyio.create_task_group() as tasks:
                 for copy in range(4):
@@ -355,7 +355,7 @@ async def test_cancelled_publish_does_not_mix_up_replies(redis_url: str) -> None
                 for _ in range(number % 7):
                     await asyncio.sleep(0)
                 tasks.cancel_scope.cancel()
-            assert await bus.epoch() == "epoch"
+            assert await bus.epoch("other") == "epoch"
         await bus.publish([message(1_000_000)])
         last = await redis(redis_url, "XREVRANGE", KEY, "+", "-", "COUNT", 1)
         assert last[0][1][b"id"] == b"orders-1000000"

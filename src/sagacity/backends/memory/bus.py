@@ -134,6 +134,7 @@ class MemoryBus:
 
     def __init__(self, clock: Clock | None = None, *, payload_bytes_max: int = 262_144) -> None:
         self._topics = Topics(clock if clock is not None else SystemClock(), payload_bytes_max)
+        self._failovers = 0
 
     # --- Bus ------------------------------------------------------------------------------------
 
@@ -202,18 +203,25 @@ class MemoryBus:
         """Consumers exist here only while something is pending for them: there is nothing to do."""
         return 0
 
-    async def epoch(self) -> str | None:
-        """The random value that says that this is the bus of before."""
-        return self._topics.state.epoch
+    async def epoch(self, proposed: str) -> str:
+        """The random value that says that this is the bus of before; see `BusMemory`."""
+        state = self._topics.state
+        state.epoch = state.epoch or proposed
+        return state.epoch
 
-    async def set_epoch(self, value: str) -> None:
-        """Writes the epoch."""
-        self._topics.state.epoch = value
+    async def identity(self) -> str:
+        """Names the running server; see `BusMemory`."""
+        return f"memory-{self._failovers}"
 
     async def last_entry_id(self, topic: str) -> str | None:
-        """The highest entry id a topic has given out; None where the topic does not exist."""
+        """The highest entry id a topic has given out; see `BusMemory`."""
         known = self._topics.state.topics.get(topic)
-        return str(known.last) if known is not None else None
+        return str(known.last) if known is not None and known.last else None
+
+    async def holds(self, topic: str, entry_id: str) -> bool:
+        """True where the entry is there, read or not."""
+        known = self._topics.state.topics.get(topic)
+        return known is not None and int(entry_id) in known.entries
 
     # --- for tests --------------------------------------------------------------------------------
 
@@ -247,6 +255,11 @@ class MemoryBus:
     def restore(self, snapshot: bytes) -> None:
         """Makes the bus hold what it held at `snapshot`."""
         self._topics.state = _decoder.decode(snapshot)
+
+    def fail_over(self, snapshot: bytes) -> None:
+        """Falls back to an older state, as a replica that lagged behind does when it takes over."""
+        self.restore(snapshot)
+        self._failovers += 1
 
     def state_hash(self) -> str:
         """32 hexadecimal digits that differ where the content differs."""

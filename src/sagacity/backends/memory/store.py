@@ -299,7 +299,7 @@ class MemoryTransaction:
         self._published: tuple[int, ...] = ()
         self._locked: set[Key] = set()
         self._committed = False
-        self._failure: StoreError | None = None
+        self._failure: Exception | None = None
 
     @property
     def now(self) -> int:
@@ -377,7 +377,7 @@ class MemoryTransaction:
                 if self._held((one.type, one.key))
             }
             check_plan(tables, plan, others)
-        except StoreError as error:
+        except Exception as error:
             self._shared.writer.release()
             self._failure = error
             raise

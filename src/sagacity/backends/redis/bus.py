@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 import redis.exceptions as failures
 
-from sagacity.backends.redis.checks import unsafe_settings
+from sagacity.backends.redis.checks import server_info, unsafe_lines
 from sagacity.backends.redis.connection import Connector, reason_of
 from sagacity.backends.redis.entry import entry_size
 from sagacity.backends.redis.reader import Membership
@@ -137,7 +137,8 @@ class RedisBus:
     async def check(self) -> list[str]:
         """Reaches the server; returns one line per unsafe setting found."""
         with self._connector.errors("answer"):
-            return await unsafe_settings(self._client, self._connector)
+            servers = await server_info(self._client, self._connector)
+        return [line for name, facts in servers.items() for line in unsafe_lines(name, facts)]
 
     async def close(self) -> None:
         """Closes the subscriptions that are still open, then all connections."""
@@ -169,19 +170,35 @@ class RedisBus:
 
     # --- for the loss check (worker/recovery.py) --------------------------------------------------
 
-    async def epoch(self) -> str | None:
-        """The random value that says that this is the Redis of before; None where it is gone."""
+    async def epoch(self, proposed: str) -> str:
+        """The random value that says that this is the Redis of before; see `BusMemory`."""
+        key = f"{self._prefix}::epoch"  # no topic has an empty name
         with self._connector.errors("read the epoch"):
-            value = await self._client.execute_command("GET", self._epoch_key)
-        return value.decode() if value is not None else None
+            value = await self._client.execute_command("GET", key)
+            if value is None:
+                await self._client.execute_command("SET", key, proposed, "NX")
+                value = await self._client.execute_command("GET", key)
+        return value.decode() if value is not None else proposed
 
-    async def set_epoch(self, value: str) -> None:
-        """Writes the epoch."""
-        with self._connector.errors("write the epoch"):
-            await self._client.execute_command("SET", self._epoch_key, value)
+    async def identity(self) -> str:
+        """Run and replication ids, of all primaries in a cluster; see `BusMemory`."""
+        with self._connector.errors("name itself"):
+            servers = await server_info(self._client, self._connector)
+        return " ".join(
+            sorted(
+                f"{facts.get('run_id')}/{facts.get('master_replid')}" for facts in servers.values()
+            )
+        )
+
+    async def holds(self, topic: str, entry_id: str) -> bool:
+        """True where the entry is there, read or not."""
+        with self._connector.errors("look for an entry"):
+            return bool(
+                await self._client.execute_command("XRANGE", self.key(topic), entry_id, entry_id)
+            )
 
     async def last_entry_id(self, topic: str) -> str | None:
-        """The highest entry id a topic has given out; None where the topic does not exist."""
+        """The highest entry id a topic has given out; see `BusMemory`."""
         try:
             info: dict[str, Any] = await self._client.execute_command(
                 "XINFO STREAM", self.key(topic)
@@ -192,12 +209,8 @@ class RedisBus:
             raise self._connector.error(error, "read a stream's position") from error
         except (failures.RedisError, OSError) as error:
             raise self._connector.error(error, "read a stream's position") from error
-        last: bytes | str = info["last-generated-id"]
-        return last.decode() if isinstance(last, bytes) else last
-
-    @property
-    def _epoch_key(self) -> str:
-        return f"{self._prefix}::epoch"  # no topic has an empty name
+        last = info["last-generated-id"].decode()
+        return last if last != "0-0" else None
 
     @property
     def _entry_bytes_max(self) -> int:

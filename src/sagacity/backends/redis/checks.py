@@ -9,21 +9,18 @@ from sagacity.backends.redis.connection import Client, Connector
 VERSION_MIN = (6, 2)
 
 
-async def unsafe_settings(client: Client, connector: Connector) -> list[str]:
-    """One line for each unsafe setting: what, where, expected, got, what to do."""
-    info = await client.execute_command(
-        "INFO", **({"target_nodes": "primaries"} if connector.cluster else {})
-    )
-    servers: dict[str, dict[str, Any]] = (
-        {f"{connector.name} ({node})": facts for node, facts in info.items()}
-        if connector.cluster and "redis_version" not in info
-        else {connector.name: info}
-    )
-    return [line for name, facts in servers.items() for line in unsafe_lines(name, facts)]
+async def server_info(client: Client, connector: Connector) -> dict[str, dict[str, Any]]:
+    """What INFO says, by the name to show for the server; of each primary in a cluster."""
+    if not connector.cluster:
+        return {connector.name: await client.execute_command("INFO")}
+    info = await client.execute_command("INFO", target_nodes="primaries")
+    if "redis_version" in info:  # a cluster of one
+        return {connector.name: info}
+    return {f"{connector.name} ({node})": facts for node, facts in info.items()}
 
 
 def unsafe_lines(name: str, facts: dict[str, Any]) -> list[str]:
-    """The lines for one server, from its INFO."""
+    """One line for each unsafe setting: what, where, expected, got, what to do."""
     lines: list[str] = []
     version = str(facts.get("redis_version", "0"))
     if _version(version) < VERSION_MIN:
