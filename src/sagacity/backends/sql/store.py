@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import URL, Connection, Select, Table, bindparam, func, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from sagacity.backends.sql import inspector, migrations, outbox, retention, tasks
+from sagacity.backends.sql import inspector, marks, migrations, outbox, retention, tasks
 from sagacity.backends.sql.database import Database, OpenTransaction, configure, open_engine
 from sagacity.backends.sql.dialects import Dialect, Given, dialect_of, read
 from sagacity.backends.sql.rows import due_timeout_of, parked_of
@@ -24,15 +24,20 @@ from sagacity.ports import (
     DeadLetter,
     Due,
     Finish,
+    Lost,
+    Mark,
     PendingRow,
     Retention,
     SagaRow,
     Task,
+    Witness,
 )
 
 
 class SqlStore:
-    """`Store`, `OutboxStore`, `TaskStore`, `RetentionStore` and `Inspector` on SQLite or PostgreSQL.
+    """All ports of a store on SQLite or PostgreSQL.
+
+    `Store`, `OutboxStore`, `TaskStore`, `RetentionStore`, `Inspector` and `MarkStore`.
 
     URLs: ``sqlite+aiosqlite:///file.db``, ``postgresql+asyncpg://...``, ``postgresql+psycopg://...``.
     """
@@ -207,6 +212,29 @@ class SqlStore:
         """Rows that matter to an operator; see `Inspector.counts`."""
         now = self.clock.now()
         return await self._database.read("counts", lambda c: inspector.counts(c, now))
+
+    # ------------------------------------------------------------------------------- loss of the bus
+
+    async def witness(self) -> Witness:
+        """What the store knows of its bus; see `MarkStore.witness`."""
+        return await self._database.read("witness", marks.witness)
+
+    async def marks(self, topic: str) -> list[Mark]:
+        """The marks of a topic, newest first."""
+        return await self._database.read("marks", lambda c: marks.marks_of(c, topic))
+
+    async def record(self, fresh: Sequence[Mark], dropped: Sequence[Mark] = ()) -> None:
+        """Adds marks and forgets others; see `MarkStore.record`."""
+        await self._database.write("record marks", lambda c: marks.record(c, fresh, dropped))
+
+    async def republish(
+        self, lost: Sequence[Lost], *, seen: Witness, epoch: str, identity: str
+    ) -> int:
+        """Makes outbox rows pending again; see `MarkStore.republish`."""
+        return await self._database.write(
+            "republish",
+            lambda c: marks.republish(c, lost, seen=seen, epoch=epoch, identity=identity),
+        )
 
 
 class TransactionContext:

@@ -6,5 +6,8 @@ import pytest
 
 # The suites explain a failed assertion only if pytest has rewritten them.
 pytest.register_assert_rewrite(
-    *(f"{__name__}.{module}" for module in ("bus", "operators", "outboxes", "tasks", "transactions"))
+    *(
+        f"{__name__}.{module}"
+        for module in ("bus", "marks", "operators", "outboxes", "tasks", "transactions")
+    )
 )

@@ -11,6 +11,7 @@ Subclass `StoreConformance` in a test module, give it a fixture ``database`` tha
 
 from __future__ import annotations
 
+from sagacity.testing.conformance.marks import MarkSuite
 from sagacity.testing.conformance.operators import OperatorSuite
 from sagacity.testing.conformance.outboxes import OutboxSuite
 from sagacity.testing.conformance.stores import FullStore, StoreDatabase, Workers, workers
@@ -20,5 +21,5 @@ from sagacity.testing.conformance.transactions import TransactionSuite
 __all__ = ["FullStore", "StoreConformance", "StoreDatabase", "Workers", "workers"]
 
 
-class StoreConformance(TransactionSuite, OutboxSuite, TaskSuite, OperatorSuite):
-    """All promises of `Store`, `OutboxStore`, `TaskStore`, `RetentionStore` and `Inspector`."""
+class StoreConformance(TransactionSuite, OutboxSuite, TaskSuite, OperatorSuite, MarkSuite):
+    """All promises of `Store`, `OutboxStore`, `TaskStore`, `RetentionStore`, `Inspector`, `MarkStore`."""

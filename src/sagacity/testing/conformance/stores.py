@@ -24,6 +24,7 @@ from sagacity.ports import (
     Clock,
     Inspector,
     Lookup,
+    MarkStore,
     OutboxStore,
     PendingRow,
     RetentionStore,
@@ -77,7 +78,7 @@ LOOKALIKES = (
 """Ids that one collation or another takes for equal (protocol.md M8)."""
 
 
-class FullStore(Store, OutboxStore, TaskStore, RetentionStore, Inspector, Protocol):
+class FullStore(Store, OutboxStore, TaskStore, RetentionStore, Inspector, MarkStore, Protocol):
     """Every port of a store in one object."""
 
 

@@ -494,7 +494,8 @@ class TransactionSuite:
             past = [("Order", "user", value) for value in ("ann", "bob")]
             await w.write(correlations_dropped=[("Order", "o1")], correlations_past=past)
             await w.write(
-                correlations=[correlation("bob", "o2")], correlations_past=[("Order", "user", "bob")]
+                correlations=[correlation("bob", "o2")],
+                correlations_past=[("Order", "user", "bob")],
             )
             lookups = {value: Lookup("Order", "user", value) for value in ("ann", "bob", "eve")}
             async with w.first.transaction() as transaction:
