@@ -490,7 +490,12 @@ def test_a_reply_starts_nothing() -> None:
 
 def test_a_reply_to_another_saga_is_an_event_like_any_other() -> None:
     """Its answer to one saga is news to all others that listen; it may even begin one of them."""
-    other = {"saga_type": "Elsewhere", "saga_key": "x", "saga_uid": "u", "in_reply_to": "c"}
+    other: dict[str, Any] = {
+        "saga_type": "Elsewhere",
+        "saga_key": "x",
+        "saga_uid": "u",
+        "in_reply_to": "c",
+    }
     begun = step(Again, Opened("b"), **other)
     assert begun.handled
     assert begun.instance is not None
