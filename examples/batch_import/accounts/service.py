@@ -9,7 +9,13 @@ from examples.batch_import.accounts.calls import Remotes
 from examples.batch_import.accounts.handlers import HANDLERS
 from examples.batch_import.accounts.sagas import AccountSaga
 from examples.batch_import.accounts_api import accounts_api
-from examples.batch_import.messages import RemoteAccountRefused, RemoteReleaseFailed
+from examples.batch_import.messages import (
+    OrderAccountsFailed,
+    OrderAccountsReady,
+    RemoteAccountRefused,
+    RemoteAccountReleased,
+    RemoteReleaseFailed,
+)
 from examples.batch_import.remotes import SYSTEMS
 from examples.batch_import.surroundings import remote_surroundings
 from sagacity import Service
@@ -28,6 +34,12 @@ service = Service(
     "accounts",
     sagas=[AccountSaga],
     handlers=HANDLERS,
-    messages=[RemoteAccountRefused, RemoteReleaseFailed],
+    messages=[
+        OrderAccountsFailed,
+        OrderAccountsReady,
+        RemoteAccountRefused,
+        RemoteAccountReleased,
+        RemoteReleaseFailed,
+    ],
     lifespan=lifespan,
 )
