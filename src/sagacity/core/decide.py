@@ -8,6 +8,8 @@ the console. It raises what the user's handler raises and changes nothing in pla
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import msgspec
 
 from sagacity.core.definition import Definition, Handler, Kind
@@ -206,6 +208,32 @@ def decide(
     if answers or isinstance(message, TimeoutDue):
         return step.decision("")
     return Decision(handled=False, reason=f"not expected in state {instance.state!r}")
+
+
+def replay(
+    definition: Definition,
+    key: str,
+    history: Iterable[tuple[int, int, Envelope]],
+    decode: Callable[[Envelope], Message],
+    sender: Sender,
+) -> Instance | None:
+    """The instance that a history leads to, from nothing; None for an empty one.
+
+    `history` is (version, time, envelope) of each of its transitions in order of version. Handlers
+    run again, but nothing leaves. The queue of parked messages is no part of a history.
+    """
+    instance: Instance | None = None
+    for version, at, envelope in history:
+        if instance is not None:
+            waiting = tuple(e for e in instance.ledger.deferred if e.id != envelope.id)
+            ledger = msgspec.structs.replace(instance.ledger, deferred=waiting)
+            instance = msgspec.structs.replace(instance, version=version - 1, ledger=ledger)
+        decision = decide(definition, instance, envelope, decode(envelope), at, sender, key=key)
+        if decision.instance is not None:
+            instance = decision.instance
+        elif instance is not None:
+            instance = msgspec.structs.replace(instance, version=version)
+    return instance
 
 
 def take_deferred(definition: Definition, instance: Instance) -> tuple[Envelope, Instance] | None:

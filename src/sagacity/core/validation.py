@@ -62,10 +62,9 @@ class _Builder:
             for member_name, member in vars(base).items():
                 self.members[member_name] = member
                 # An override without a decorator keeps what it overrides; `name = None` drops it.
-                inherited = self.declarations.pop(member_name, ())
-                if inspect.isfunction(member):
-                    declared = tuple(getattr(member, DECLARED, ())) or inherited
-                    self.declarations[member_name] = declared
+                inherited = self.declarations.get(member_name, ())
+                declared = tuple(getattr(member, DECLARED, ())) or inherited
+                self.declarations[member_name] = declared if inspect.isfunction(member) else ()
             self.policies.extend(vars(base).get(POLICIES, ()))
         self.states = {n: v for n, v in self.members.items() if isinstance(v, State)}
         self.sources = {n: Source(n, v) for n, v in self.members.items() if inspect.isfunction(v)}
