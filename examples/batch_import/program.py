@@ -281,6 +281,12 @@ class Program:
         return f"{self.web.url}/confirm" if self.web is not None else ""
 
     @property
+    def mail_url(self) -> str:
+        """Where the accepted mails can be read."""
+        assert self.sink is not None
+        return f"{self.sink.url}/mails"
+
+    @property
     def mail_file(self) -> Path:
         return self.directory / "mails.sqlite"
 
