@@ -64,6 +64,7 @@ def upgrade(connection: Connection) -> tuple[int, int]:
     if dialect_of(connection) is POSTGRESQL:
         # SQLite needs no lock: BEGIN IMMEDIATE has it already.
         connection.execute(text("SET LOCAL lock_timeout = 0"))
+        connection.execute(text("SET LOCAL statement_timeout = 0"))
         connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": _LOCK})
     before = current(connection)
     if before > SCHEMA_VERSION:
