@@ -169,6 +169,16 @@ def test_waiting_for_a_server_ends_with_a_signal(sqlite_url: str) -> None:
         assert command.ended(10) == 0
 
 
+def test_flags_win_over_the_environment_in_children_too(servers: Mapping[str, str]) -> None:
+    environment = {**servers, "SAGACITY_CONSUMER": "named", "SAGACITY_LOGLEVEL": "x"}
+    with Command(SERVICE, "-w", "2", "--consumer", "", environment=environment) as command:
+        output = command.until(JOINED, times=2)
+        command.signal(signal.SIGTERM)
+        assert command.ended() == 0
+    assert "consumer=named" not in output
+    assert output.count("SAGACITY_LOGLEVEL is read by nobody; SAGACITY_LOG_LEVEL?") == 1
+
+
 def test_no_secret_is_ever_printed() -> None:
     environment = {
         "SAGACITY_STORE": "postgresql+asyncpg://shop:hunter2%40x@127.0.0.1:1/shop",
@@ -291,17 +301,6 @@ def test_workers_that_can_never_start_end_the_parent(servers: Mapping[str, str])
     assert "has no 'absent'" in command.output
 
 
-def test_a_crash_before_the_start_is_not_tried_for_ever(
-    servers: Mapping[str, str], tmp_path: Path
-) -> None:
-    (tmp_path / "fatal.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
-    arguments = ("fatal:service", "-w", "1", "--reload")
-    with Command(*arguments, "--app-dir", str(tmp_path), environment=servers) as command:
-        command.until("Worker ended, waiting for a change")
-        command.signal(signal.SIGTERM)
-        assert command.ended() == 0
-
-
 # -------------------------------------------------------------------------------------------- reload
 
 
@@ -318,5 +317,16 @@ def test_reload_starts_anew_when_a_file_changes(tmp_path: Path) -> None:
         assert "SyntaxError" in command.output
         module.write_text(text.replace("first", "second"))
         command.until("service=second")
+        command.signal(signal.SIGTERM)
+        assert command.ended() == 0
+
+
+def test_reload_waits_for_a_change_where_the_module_ends_its_process(
+    servers: Mapping[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "fatal.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    arguments = ("fatal:service", "--reload")
+    with Command(*arguments, "--app-dir", str(tmp_path), environment=servers) as command:
+        command.until("Worker ended, waiting for a change")
         command.signal(signal.SIGTERM)
         assert command.ended() == 0

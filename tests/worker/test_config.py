@@ -126,7 +126,12 @@ def test_settings_pass_to_another_process_through_the_environment() -> None:
         health="127.0.0.1:0",
     )
     assert Settings.read({}, settings.environment()) == settings
-    assert Settings().environment() == {}
+    inherited = {
+        "SAGACITY_BATCH_MAX": "7",
+        "SAGACITY_STORE_FILE": "/absent",
+        **settings.environment(),
+    }
+    assert Settings.read({}, inherited) == settings, "nothing of the environment shines through"
 
 
 def test_retention_is_in_microseconds() -> None:

@@ -67,7 +67,10 @@ class Parent:
 
     @staticmethod
     def orders() -> Orders | None:
-        """What the parent ordered; None in a process that was not started by one of ours."""
+        """What the parent ordered; None in a process that was not started by one of ours.
+
+        Taken out of the environment, so that programs started from here do not take it for theirs.
+        """
         text = os.environ.pop(ORDERS_VARIABLE, None)
         return msgspec.json.decode(text, type=Orders) if text else None
 
@@ -122,7 +125,7 @@ class Child:
         ours, theirs = socket.socketpair()
         with theirs:
             environment = {
-                **{k: v for k, v in os.environ.items() if k not in _OURS},
+                **os.environ,
                 **settings.environment(),
                 ORDERS_VARIABLE: json.dumps({**orders, "fd": theirs.fileno()}),
             }
@@ -187,6 +190,3 @@ class Child:
                 self._report = msgspec.json.decode(line, type=Report)
                 self._heard_at = time.monotonic()
                 self.was_ready = self.was_ready or self._report.ready
-
-
-_OURS: Final = frozenset({ORDERS_VARIABLE, "SAGACITY_WORKERS", "SAGACITY_HEALTH"})

@@ -45,6 +45,8 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     migrate: bool = False
     refuse_unsafe: bool = False
     quiet: bool = False
+    orders: Orders | None = None
+    """Set in a process that one of ours started."""
 
     @property
     def arguments(self) -> list[str]:
@@ -67,7 +69,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
 def launch(what: Launch, settings: Settings) -> Exit:
     """Runs until the processes were stopped; returns the exit status and prints what is wrong."""
     secrets = secrets_of([settings.store, settings.bus])
-    orders = Parent.orders()
+    orders = what.orders
     shared = orders is not None or what.workers > 1
     logs.configure(form=settings.log_format, level=settings.log_level, secrets=secrets, pid=shared)
     try:

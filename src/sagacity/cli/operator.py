@@ -19,7 +19,7 @@ from sagacity.cli.exits import Exit
 from sagacity.cli.launching import Launch
 from sagacity.cli.load import load_service
 from sagacity.cli.options import read_settings, setting_options
-from sagacity.cli.output import age, instant, print_json, print_table
+from sagacity.cli.output import age, honour_no_color, instant, print_json, print_table
 from sagacity.cli.story import letter_of, story
 from sagacity.cli.telling import told
 from sagacity.core.decide import Cancel, RetryUndo, WaiveUndo
@@ -58,6 +58,7 @@ class _Commands(click.Group):
 @click.version_option(package_version(), prog_name="saga")
 def main() -> None:
     """See how sagas are, and help them on."""
+    honour_no_color()
     logs.configure(level="warning")
 
 

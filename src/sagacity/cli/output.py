@@ -18,10 +18,25 @@ import msgspec
 
 from sagacity.worker.logs import escaped
 
-__all__ = ["age", "cell", "duration", "instant", "plain_table", "print_json", "print_table"]
+__all__ = [
+    "age",
+    "cell",
+    "duration",
+    "honour_no_color",
+    "instant",
+    "plain_table",
+    "print_json",
+    "print_table",
+]
 
 _UNITS: Final = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 CELL_CHARACTERS_MAX: Final = 200
+
+
+def honour_no_color() -> None:
+    """Switches colours off for the running command where ``NO_COLOR`` is set."""
+    if os.environ.get("NO_COLOR"):
+        click.get_current_context().color = False
 
 
 def print_json(value: Any) -> None:

@@ -8,8 +8,10 @@ from typing import Any, Final
 import click
 
 from sagacity.cli.banner import package_version
+from sagacity.cli.child import Parent
 from sagacity.cli.launching import Launch, launch, warn
 from sagacity.cli.options import SectionedCommand, read_settings, setting_options
+from sagacity.cli.output import honour_no_color
 from sagacity.worker.config import Settings, unknown_variables
 from sagacity.worker.redaction import secrets_of
 
@@ -68,11 +70,14 @@ def main(**options: Any) -> None:
 
     SIGTERM or Ctrl-C finishes what has begun and ends; a second one ends at once.
     """
+    honour_no_color()
     settings = read_settings(options)
-    for line in unknown_variables(others=_OTHER_VARIABLES):
-        warn(line)
-    _warn_of_visible_secrets(settings)
-    sys.exit(int(launch(Launch(**options), settings)))
+    orders = Parent.orders()
+    if orders is None:
+        for line in unknown_variables(others=_OTHER_VARIABLES):
+            warn(line)
+        _warn_of_visible_secrets(settings)
+    sys.exit(int(launch(Launch(**options, orders=orders), settings)))
 
 
 def _warn_of_visible_secrets(settings: Settings) -> None:

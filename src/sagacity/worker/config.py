@@ -334,12 +334,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return cls(**values)
 
     def environment(self) -> dict[str, str]:
-        """The variables from which another process reads these settings; holds the secrets."""
-        return {
-            field.variable: field.text(getattr(self, field.name))
-            for field in fields()
-            if getattr(self, field.name) != field.default
-        }
+        """All variables from which another process reads these settings; holds the secrets."""
+        return {field.variable: field.text(getattr(self, field.name)) for field in fields()}
 
     def _check_together(self) -> None:
         _expect(
