@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from examples.batch_import.program import Program
+from examples.batch_import.reading import read_rows
+from sagacity.backends.sql import SqlStore
+from sagacity.backends.sql.tables import dead_letter, outbox, parked
+from sagacity.core.messages import Message, message_type
 from tests.examples.batch_import import documents
 from tests.waiting import eventually
+
+M = TypeVar("M", bound=Message)
 
 _numbers = itertools.count(1)
 
@@ -84,16 +93,24 @@ class Scene:
     def press(self, link: str) -> None:
         assert self.program.follow(link).status_code == 202
 
-    def confirmed_user(self, name: str) -> str:
-        """Load a user whose address is confirmed, by an order that asked for it and was cancelled.
+    def confirmed_users(self, *names: str) -> None:
+        """Load users whose addresses are confirmed, through orders that were cancelled meanwhile.
 
-        Returns the user's ref. The order holds no account, and no remote system was asked.
+        They hold no accounts, and no remote system was asked.
         """
-        first = f"{name}-first"
-        self.load(users=[self.user(name)], orders=[self.order(first, name, "billing")])
-        self.load(orders=[self.order(first, name, "billing", status="cancelled")])
-        self.confirm(name)
-        return self.ref(name)
+        firsts = [f"{name}-first" for name in names]
+        orders = [
+            self.order(first, name, "billing") for first, name in zip(firsts, names, strict=True)
+        ]
+        self.load(users=[self.user(name) for name in names], orders=orders)
+        orders = [
+            self.order(first, name, "billing", status="cancelled")
+            for first, name in zip(firsts, names, strict=True)
+        ]
+        self.load(orders=orders)
+        for name in names:
+            self.press(self.program.link(self.email(name)))
+        self.program.wait_until_quiet()
 
     # ------------------------------------------------------------------------------------ questions
 
@@ -101,6 +118,13 @@ class Scene:
         """What importing knows of the order's accounts."""
         (row,) = self.program.rows("importing", "order", ref=self.ref(name))
         return str(row["accounts_state"])
+
+    def order_states(self, *names: str) -> list[str]:
+        return [self.order_state(name) for name in names]
+
+    def is_imported(self, batch_id: str) -> bool:
+        report = self.program.report(batch_id)
+        return report is not None and report.state == "imported"
 
     def holds(self, name: str) -> dict[str, str]:
         """System -> state of an order's hold there."""
@@ -163,9 +187,6 @@ class Scene:
 
 def sagas(program: Program, service: str, saga_type: str, key: str) -> dict[str, str] | None:
     """Status and state of one instance."""
-    import asyncio
-
-    from sagacity.backends.sql import SqlStore
 
     async def look() -> dict[str, str] | None:
         store = SqlStore(program.stores[service])
@@ -176,6 +197,27 @@ def sagas(program: Program, service: str, saga_type: str, key: str) -> dict[str,
         return None if found is None else {"status": str(found.status), "state": found.state}
 
     return asyncio.run(look())
+
+
+def attempts(program: Program, service: str) -> int:
+    """The most failed attempts that any message waiting in a service has behind it."""
+    rows = asyncio.run(read_rows(program.stores[service], parked, {}))
+    return max((int(row["attempts"]) for row in rows), default=0)
+
+
+def dead_letters(program: Program, service: str) -> list[dict[str, Any]]:
+    """The dead letters of a service."""
+    return asyncio.run(read_rows(program.stores[service], dead_letter, {}))
+
+
+def emitted(program: Program, service: str, message: type[M], **equal: object) -> list[M]:
+    """The messages of one class with these fields in a service's outbox, first one first."""
+    name = message_type(message).name
+    rows = asyncio.run(read_rows(program.stores[service], outbox, {"message_type": name}))
+    found = [msgspec.json.decode(row["body"], type=message) for row in rows]
+    return [
+        one for one in found if all(getattr(one, field) == value for field, value in equal.items())
+    ]
 
 
 def assert_green(program: Program) -> None:
