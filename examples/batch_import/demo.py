@@ -200,7 +200,7 @@ class Demo:
 
     def _refused(self, program: Program) -> str:
         """A user whose address was mailed first, and who has an order that names shipping."""
-        mailed = [optin["user_ref"] for optin in program.rows("authentication", "optin")]
+        mailed: list[str] = [optin["user_ref"] for optin in program.rows("authentication", "optin")]
         first = {mail["to"][0]: place for place, mail in enumerate(program.mails())}
         naming = {
             order["user_ref"]
@@ -282,7 +282,7 @@ def _state(now: Figures, batch: str) -> str:
 def _at_rest(now: Figures) -> bool:
     """Whether every opt-in mail has left."""
     asked = now.optins.get("requested", 0) + now.optins.get("sending", 0)
-    return not asked and "noting" not in now.sagas.get("AccountSaga", {})
+    return not asked and "noting" not in now.sagas.get("AccountSaga", Counter())
 
 
 def _creating(now: Figures) -> bool:

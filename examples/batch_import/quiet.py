@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import redis
 from sqlalchemy import func, select
+from sqlalchemy.exc import DBAPIError
 
 from sagacity.backends.sql import SqlStore
 from sagacity.backends.sql.tables import outbox, outbox_pending, parked, saga
@@ -70,14 +71,15 @@ async def until_quiet(
         while True:
             try:
                 now = await moving(opened, bus, prefix)
+                seen = str(now)
                 # A message that moved on between two places while we looked has left a mark.
                 if now.nothing and before.nothing and now.marks == before.marks and before.marks:
                     return
                 before = now
-            except (Unavailable, redis.ConnectionError) as error:
-                now = error
+            except (Unavailable, DBAPIError, OSError, redis.ConnectionError) as error:
+                seen = str(error)  # a server may be down on purpose
             if time.monotonic() > ends:
-                raise StillMoving(f"not at rest within {deadline:g} seconds: {now}")
+                raise StillMoving(f"not at rest within {deadline:g} seconds: {seen}")
             await asyncio.sleep(0.05)
     finally:
         for store in opened.values():
@@ -88,10 +90,12 @@ def _unread(bus: str, prefix: str) -> int:
     """Entries that any group has still to read or to acknowledge."""
     count = 0
     with redis.Redis.from_url(bus) as client:
-        for key in client.scan_iter(match=f"{prefix}:*", _type="stream"):
-            length: Any = client.xinfo_stream(key)
-            last = length["last-generated-id"]
-            for group in client.xinfo_groups(key):  # type: ignore[union-attr]
+        keys: Any = client.scan_iter(match=f"{prefix}:*", _type="stream")
+        for key in keys:
+            stream: Any = client.xinfo_stream(key)
+            groups: Any = client.xinfo_groups(key)
+            last = stream["last-generated-id"]
+            for group in groups:
                 count += group["pending"]
                 if group["last-delivered-id"] != last:
                     count += 1

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from sqlalchemy import Table
+from sqlalchemy import Executable, Table
 from sqlalchemy.ext.asyncio import AsyncConnection
-from sqlalchemy.sql import Select
 
 from examples.batch_import.contexts import tables_of
 from examples.batch_import.reading import reading, table_named
@@ -56,7 +55,7 @@ class Found:
         """A table of a context."""
         return table_named(tables_of(service), service, name)
 
-    async def rows(self, service: str, statement: Select[Any]) -> list[Any]:
+    async def rows(self, service: str, statement: Executable) -> list[Any]:
         """The rows of a question to one service's database."""
         return list(await self.connections[service].execute(statement))
 

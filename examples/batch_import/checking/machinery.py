@@ -2,7 +2,6 @@
 
 import importlib
 import time
-from collections.abc import Sequence
 from itertools import pairwise
 
 import msgspec
@@ -21,8 +20,8 @@ from sagacity.backends.sql.tables import (
     saga,
     transition,
 )
-from sagacity.core.decide import CONTROL, decide
-from sagacity.core.delivery import Envelope, decode_entry
+from sagacity.core.decide import CONTROL, replay
+from sagacity.core.delivery import decode_entry
 from sagacity.core.instance import Instance, Status, decode_ledger
 from sagacity.core.messages import message_type
 from sagacity.core.plan import TransitionRow
@@ -111,43 +110,6 @@ async def messages_have_an_origin(found: Found) -> list[str]:
     ]
 
 
-class Replayed(msgspec.Struct, frozen=True):
-    """What replaying the history of an instance gives."""
-
-    instance: Instance | None
-    emitted: tuple[tuple[Envelope, ...], ...]
-    """The messages of each step."""
-
-
-def replay(service: Service, history: Sequence[TransitionRow]) -> Replayed:
-    """The instance that the core makes of its history, from nothing."""
-    instance: Instance | None = None
-    emitted: list[tuple[Envelope, ...]] = []
-    sender = service.catalog().sender
-    for row in history:
-        envelope = decode_entry(row.entry)
-        if instance is not None:
-            waiting = tuple(e for e in instance.ledger.deferred if e.id != envelope.id)
-            # Holding a message back, or letting it go, is a version of its own without a step.
-            instance = msgspec.structs.replace(
-                instance,
-                version=row.version - 1,
-                ledger=msgspec.structs.replace(instance.ledger, deferred=waiting),
-            )
-        decision = decide(
-            service.sagas[row.saga_type],
-            instance,
-            envelope,
-            service.decode(envelope),
-            row.at,
-            sender,
-            key=row.saga_key,
-        )
-        instance = decision.instance or instance
-        emitted.append(decision.emitted)
-    return Replayed(instance, tuple(emitted))
-
-
 async def _histories(found: Found, service: str) -> list[tuple[Instance, list[TransitionRow]]]:
     """Every instance with the steps it has taken."""
     rows = await found.rows(
@@ -173,10 +135,17 @@ async def histories_replay(found: Found) -> list[str]:
     wrong: list[str] = []
     for name in found.evidence.stores:
         service = service_named(name)
+        sender = service.catalog().sender
         for instance, history in await _histories(found, name):
             what = f"{instance.type} {instance.key}"
             try:
-                replayed = replay(service, history).instance
+                replayed = replay(
+                    service.sagas[instance.type],
+                    instance.key,
+                    [(step.version, step.at, decode_entry(step.entry)) for step in history],
+                    service.decode,
+                    sender,
+                )
             except Exception as error:  # noqa: BLE001 - whatever it is, the history does not replay
                 wrong.append(f"{what} does not replay: {type(error).__name__}: {error}")
                 continue

@@ -1,5 +1,6 @@
 """I6 and I7: what became of the records of a batch."""
 
+from collections.abc import AsyncGenerator
 from itertools import groupby
 from typing import Any
 
@@ -81,7 +82,9 @@ _BY_LOGISTICS = {"user": {"phone"}, "order": {"status"}}
 _OPTIONAL = {"phone", "language"}
 
 
-async def _told(found: Found, kind: str, record_type: type[UserRecord | OrderRecord]) -> Any:
+async def _told(
+    found: Found, kind: str, record_type: type[UserRecord | OrderRecord]
+) -> AsyncGenerator[tuple[Any, dict[str, set[Any]]]]:
     """Each row with the values that applied records told for each column and were allowed to."""
     entity, record = found.table("importing", kind), found.table("importing", "record")
     batch = found.table("importing", "batch")

@@ -38,10 +38,9 @@ ALLOWED: Final[Mapping[str, Mapping[str, frozenset[str]]]] = {
 """What each source may change. Only crm brings new users and orders; which user an order belongs to
 and which accounts it asks for is settled when it is new."""
 
-_decoders = {
-    "user": msgspec.json.Decoder(UserRecord),
-    "order": msgspec.json.Decoder(OrderRecord),
-}
+_decoder: msgspec.json.Decoder[UserRecord | OrderRecord] = msgspec.json.Decoder(
+    UserRecord | OrderRecord
+)
 
 
 class Quarantined(Exception):
@@ -92,7 +91,7 @@ class _Chunk:
         """
         session, batch_id = self.session, self.batch.id
         staged = await session.execute(
-            select(Record.kind, Record.body)
+            select(Record.body)
             .where(
                 Record.batch_id == batch_id,
                 Record.seq.between(*self.seqs),
@@ -100,7 +99,7 @@ class _Chunk:
             )
             .order_by(Record.seq)
         )
-        self.records = [_decoders[kind].decode(body) for kind, body in staged]
+        self.records = [_decoder.decode(row.body) for row in staged]
         users = [record for record in self.records if isinstance(record, UserRecord)]
         orders = [record for record in self.records if isinstance(record, OrderRecord)]
         if users:
