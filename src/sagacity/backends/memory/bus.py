@@ -51,6 +51,9 @@ class Topic(msgspec.Struct, array_like=True):
     """The entries that are kept, by number, and the groups."""
 
     last: int = 0
+    """Number of the next entry less one."""
+    newest: int = 0
+    """Number of the newest entry; 0 before there was one."""
     entries: dict[int, Entry] = {}
     groups: dict[str, Group] = {}
 
@@ -58,7 +61,9 @@ class Topic(msgspec.Struct, array_like=True):
 class State(msgspec.Struct, array_like=True):
     """All that a bus holds."""
 
-    epoch: str | None = None
+    epoch: str = ""
+    base: int = 0
+    """No entry of a new topic has a number up to this: numbers are never given out twice."""
     topics: dict[str, Topic] = {}
 
 
@@ -76,17 +81,29 @@ class Topics:
 
     def append(self, name: str, entry: Entry) -> str:
         """Adds an entry, and lets whoever waits for one look; returns its entry id."""
-        topic = self.state.topics.setdefault(name, Topic())
-        topic.last += 1
+        topic = self.topic(name)
+        topic.last = topic.newest = topic.last + 1
         topic.entries[topic.last] = entry
         for subscription in list(self.waiting):
             if name in subscription.topics:
                 subscription.rouse()
         return str(topic.last)
 
+    def topic(self, name: str) -> Topic:
+        """A topic, made if it is missing."""
+        topic = self.state.topics.get(name)
+        if topic is None:
+            topic = self.state.topics[name] = Topic(last=self.state.base)
+        return topic
+
+    def highest(self) -> int:
+        """The highest number given out so far."""
+        state = self.state
+        return max([state.base, *(topic.last for topic in state.topics.values())])
+
     def group(self, name: str, group: str) -> tuple[Topic, Group]:
         """A group of a topic, made at the first entry that is kept, never at the last."""
-        topic = self.state.topics.setdefault(name, Topic())
+        topic = self.topic(name)
         return topic, topic.groups.setdefault(group, Group(position=0))
 
     def delivery(self, name: str, topic: Topic, number: int, attempt: int) -> Delivery:
@@ -216,7 +233,7 @@ class MemoryBus:
     async def last_entry_id(self, topic: str) -> str | None:
         """The highest entry id a topic has given out; see `BusMemory`."""
         known = self._topics.state.topics.get(topic)
-        return str(known.last) if known is not None and known.last else None
+        return str(known.newest) if known is not None and known.newest else None
 
     async def holds(self, topic: str, entry_id: str) -> bool:
         """True where the entry is there, read or not."""
@@ -235,7 +252,7 @@ class MemoryBus:
 
     def wipe(self) -> None:
         """Loses everything, groups and epoch too, as FLUSHALL does; subscriptions live on."""
-        self._topics.state = State()
+        self._topics.state = State(base=self._topics.highest())
 
     def messages(self, topic: str) -> list[Envelope]:
         """The messages of a topic that are kept, in order, read or not."""
@@ -250,7 +267,7 @@ class MemoryBus:
             name: msgspec.structs.replace(topic, groups=dict(sorted(topic.groups.items())))
             for name, topic in sorted(state.topics.items())
         }
-        return msgspec.msgpack.encode(State(epoch=state.epoch, topics=topics))
+        return msgspec.msgpack.encode(State(epoch=state.epoch, base=state.base, topics=topics))
 
     def restore(self, snapshot: bytes) -> None:
         """Makes the bus hold what it held at `snapshot`."""
@@ -258,7 +275,11 @@ class MemoryBus:
 
     def fail_over(self, snapshot: bytes) -> None:
         """Falls back to an older state, as a replica that lagged behind does when it takes over."""
+        highest = self._topics.highest()
         self.restore(snapshot)
+        self._topics.state.base = highest
+        for topic in self._topics.state.topics.values():
+            topic.last = highest
         self._failovers += 1
 
     def state_hash(self) -> str:
