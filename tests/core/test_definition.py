@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID
 
@@ -38,9 +37,9 @@ elsewhere = State()
 
 
 @pytest.fixture
-def module(tmp_path: Path) -> Iterator[Path]:
+def module(tmp_path: Path) -> Path:
     """A file of its own for the class at fault, so that its source can be read."""
-    yield tmp_path / "shop.py"
+    return tmp_path / "shop.py"
 
 
 def refusal(module: Path, source: str) -> tuple[str, str]:
