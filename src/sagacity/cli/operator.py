@@ -474,6 +474,29 @@ def diagram(target: str, saga_type: str, app_dir: str, as_json: bool) -> None:
         click.echo(text.rstrip("\n"))
 
 
+@main.command()
+@click.argument("targets", metavar="MODULE:SERVICE...", nargs=-1, required=True)
+@click.option("--app-dir", metavar="DIR", default=".", help="Where modules are searched first.")
+@click.option("--check", is_flag=True, help="End with status 1 for a command nobody handles.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def catalog(targets: tuple[str, ...], app_dir: str, check: bool, as_json: bool) -> None:
+    """List every message of some services: who makes it, who takes it.
+
+    The same code prints the same lines, so a stored copy shows in review what a change does.
+    """
+    from sagacity.cli.catalog import catalog as entries_of
+    from sagacity.cli.catalog import listed, unhandled
+
+    entries = entries_of([load_service(target, app_dir=app_dir) for target in targets])
+    if as_json:
+        print_json(entries)
+    else:
+        for line in listed(entries):
+            click.echo(line)
+    if check and unhandled(entries):
+        sys.exit(int(Exit.FAILED))
+
+
 def _definition(target: str, app_dir: str, saga_type: str) -> Definition:
     service = load_service(target, app_dir=app_dir)
     return _named(service.sagas, saga_type, service.name)
