@@ -156,6 +156,14 @@ def test_show_tells_the_story(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("filled")
+def test_why_tells_only_what_holds_it_up(run: Run) -> None:
+    result = run("why", "Order", "o1")
+    assert result.exit_code == 0, result.output
+    assert "2 of its messages are dead letters" in result.output.splitlines()[0]
+    assert "begins in" not in result.output
+
+
+@pytest.mark.usefixtures("filled")
 def test_show_of_an_unknown_instance_fails(run: Run) -> None:
     result = run("show", "Order", "o\x1b[2J9")
     assert result.exit_code == Exit.FAILED

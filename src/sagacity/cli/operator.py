@@ -20,8 +20,8 @@ from sagacity.cli.launching import Launch
 from sagacity.cli.load import load_service
 from sagacity.cli.options import read_settings, setting_options
 from sagacity.cli.output import age, honour_no_color, instant, print_json, print_table
-from sagacity.cli.story import letter_of, story
-from sagacity.cli.telling import told
+from sagacity.cli.story import Story, letter_of, story
+from sagacity.cli.telling import told, told_why
 from sagacity.core.decide import Cancel, RetryUndo, WaiveUndo
 from sagacity.core.definition import Definition
 from sagacity.core.errors import ConfigurationError, DefinitionError, SchemaError, Unavailable
@@ -154,29 +154,52 @@ def list_(
     _ask(options, question)
 
 
+def _instance(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the arguments that name an instance, and the options to know more of its saga."""
+    for decorate in (
+        _answers,
+        click.option(
+            "--app-dir", metavar="DIR", default=".", help="Where modules are searched first."
+        ),
+        click.option(
+            "--service",
+            "target",
+            metavar="MODULE:SERVICE",
+            default="",
+            help="Also tell which events its state handles.",
+        ),
+        click.argument("key"),
+        click.argument("saga_type", metavar="TYPE"),
+    ):
+        function = decorate(function)
+    return function
+
+
 @main.command()
-@click.argument("saga_type", metavar="TYPE")
-@click.argument("key")
+@_instance
 @click.option("--all", "everything", is_flag=True, help="Show the whole history, not its end.")
-@click.option(
-    "--service",
-    "target",
-    metavar="MODULE:SERVICE",
-    default="",
-    help="Also tell which events its state handles.",
-)
-@click.option("--app-dir", metavar="DIR", default=".", help="Where modules are searched first.")
-@_answers
-def show(
+def show(everything: bool, **given: Any) -> None:
+    """Tell the story of one instance: where it stands, what it waits for, how it got there."""
+    _tell(lambda found: told(found, last=0 if everything else 20), **given)
+
+
+@main.command()
+@_instance
+def why(**given: Any) -> None:
+    """Tell why one instance stands where it stands: what it waits for, and what went wrong."""
+    _tell(told_why, **given)
+
+
+def _tell(
+    lines_of: Callable[[Story], list[str]],
+    *,
     saga_type: str,
     key: str,
-    everything: bool,
     target: str,
     app_dir: str,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Tell the story of one instance: where it stands, what it waits for, how it got there."""
     definition = _definition(target, app_dir, saga_type) if target else None
 
     async def question(store: WholeStore) -> int | None:
@@ -186,11 +209,11 @@ def show(
         if instance is None and not history and not letters:
             _nothing_there(saga_type, key)
             return Exit.FAILED
-        facts = story(instance, history, letters, store.clock.now(), definition)
+        found = story(instance, history, letters, store.clock.now(), definition)
         if as_json:
-            print_json(facts)
+            print_json(found)
         else:
-            for line in told(facts, last=0 if everything else 20):
+            for line in lines_of(found):
                 click.echo(line)
         return None
 

@@ -13,7 +13,7 @@ from sagacity.cli.story import About, Effects, Letter, Step, Story, Undo, Undoin
 from sagacity.core.instance import Status
 from sagacity.worker.logs import escaped
 
-__all__ = ["told"]
+__all__ = ["told", "told_why"]
 
 OVERDUE_US: Final = 60_000_000
 """An answer that is out for longer stands out."""
@@ -29,12 +29,8 @@ _COLOURS: Final = {
 def told(story: Story, *, last: int = 0) -> list[str]:
     """The story as lines; `last` limits the history to its newest steps, 0 does not."""
     now, about = story.now, story.about
-    colour = _COLOURS.get(about.status, "yellow") if about else "yellow"
-    lines = _head(about, now, colour) if about else []
-    lines += [click.style(_text(story.verdict, 1000), fg=colour, bold=True), ""]
-    lines += _section("Waits for", _waits(story.waits, now))
-    if story.undoing is not None:
-        lines += _section("Undo", _undoing(story.undoing))
+    lines = _head(about, now) if about else []
+    lines += _why(story)
     if about is not None:
         lines += _section("Data", _data(story.data))
         lines += _section(
@@ -49,13 +45,34 @@ def told(story: Story, *, last: int = 0) -> list[str]:
     return lines[:-1]
 
 
+def told_why(story: Story) -> list[str]:
+    """Only why the instance stands where it stands."""
+    lines = _why(story)
+    lines += _section("Dead letters", [_letter(one, story.now) for one in story.dead_letters])
+    return lines[:-1]
+
+
+def _why(story: Story) -> list[str]:
+    colour = _colour(story.about)
+    lines = [click.style(_text(story.verdict, 1000), fg=colour, bold=True), ""]
+    lines += _section("Waits for", _waits(story.waits, story.now))
+    if story.undoing is not None:
+        lines += _section("Undo", _undoing(story.undoing))
+    return lines
+
+
+def _colour(about: About | None) -> str:
+    return _COLOURS.get(about.status, "yellow") if about else "yellow"
+
+
 def _section(title: str, lines: Sequence[str]) -> list[str]:
     if not lines:
         return []
     return [click.style(title, fg="cyan"), *(f"  {line}" for line in lines), ""]
 
 
-def _head(about: About, now: int, colour: str) -> list[str]:
+def _head(about: About, now: int) -> list[str]:
+    colour = _colour(about)
     name = click.style(f"{_text(about.type)} {_text(about.key)}", bold=True)
     status = click.style(f"{about.status.upper()} in {_text(about.state)}", fg=colour, bold=True)
     lines = [
