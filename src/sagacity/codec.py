@@ -123,7 +123,7 @@ class Registry:
         try:
             if envelope.version != version:
                 body = self._upcast(envelope, version)
-            return cast(Message, decoder.decode(body))
+            return cast("Message", decoder.decode(body))
         except DecodeError:
             raise
         # RecursionError and UnicodeDecodeError are no MsgspecError (protocol.md M18).
@@ -218,6 +218,16 @@ def to_fields(envelope: Envelope) -> dict[str, bytes | str]:
     return fields
 
 
+def _count(value: bytes, name: bytes) -> int:
+    """A number as every database and msgpack take it."""
+    number = int(value) if len(value) <= 19 else 1 << 63
+    if not 0 <= number < 1 << 63:
+        raise ValueError(
+            f"{name.decode()}: expected a number from 0 to 2**63-1, got {value[:40]!r}"
+        )
+    return number
+
+
 def from_fields(topic: str, fields: Mapping[bytes, bytes]) -> Envelope:
     """The envelope of a stream entry; unknown fields are left out.
 
@@ -230,7 +240,7 @@ def from_fields(topic: str, fields: Mapping[bytes, bytes]) -> Envelope:
             if attribute is not None:
                 values[attribute] = value.decode()
             elif name in _KNOWN_NUMBER:
-                values[_KNOWN_NUMBER[name]] = int(value)
+                values[_KNOWN_NUMBER[name]] = _count(value, name)
         if b"time" in fields:
             sent = datetime.fromisoformat(fields[b"time"].decode())
             values["time"] = microseconds(sent if sent.tzinfo else sent.replace(tzinfo=UTC))
