@@ -143,7 +143,7 @@ def run(store: str, workers: int, directory: Path) -> None:
     """Start all services, the remote systems and the mail sink, and keep them until Ctrl-C."""
     directory.mkdir(parents=True, exist_ok=True)
     with Servers(directory.absolute(), store=store, workers=workers, keep=True) as servers:
-        servers.place.write(directory)
+        servers.program.place.write(directory)
         click.echo(f"running in {directory}; mails at {servers.program.mail_url}; Ctrl-C ends")
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()

@@ -103,7 +103,7 @@ class Demo:
     def _run(self, directory: Path) -> int:
         self._head("1", "Servers", "a private Redis, three services, three remote systems, mail")
         with Servers(directory, store=self._store, keep=self._keep is not None) as servers:
-            servers.place.write(directory)
+            servers.program.place.write(directory)
             self._show_processes(servers)
             program = servers.program
             self._import(program, directory)

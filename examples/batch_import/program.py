@@ -21,10 +21,11 @@ from typing import Any, Self
 import httpx
 
 from examples.batch_import import surroundings
-from examples.batch_import.checking import Evidence, Verdict, check_all, held_up
+from examples.batch_import.checking import Verdict, check_all, held_up
 from examples.batch_import.contexts import SERVICES, tables_of
 from examples.batch_import.loading import Receipt, submit
 from examples.batch_import.mail import link_in
+from examples.batch_import.place import Place
 from examples.batch_import.processes import (
     ROOT,
     Started,
@@ -334,21 +335,25 @@ class Program:
         named = table_named(tables_of(service), service, table)
         return asyncio.run(read_rows(self.stores[service], named, equal))
 
+    @property
+    def place(self) -> Place:
+        """Where everything is, for other command lines."""
+        return Place(
+            stores=dict(self.stores),
+            bus=self.bus,
+            prefix=self.prefix,
+            ledgers={system: str(self.ledger_file(system)) for system in SYSTEMS},
+            mails=str(self.mail_file),
+            confirm_url=self.confirm_url,
+        )
+
     def check(self) -> list[Verdict]:
         """All invariants, each with what is wrong."""
-        return asyncio.run(check_all(self.evidence()))
+        return asyncio.run(check_all(self.place.evidence))
 
     def held_up(self) -> list[str]:
         """What needs a person: stuck compensations and dead letters."""
-        return asyncio.run(held_up(self.evidence()))
-
-    def evidence(self) -> Evidence:
-        """Where `check` finds what it compares."""
-        return Evidence(
-            stores=self.stores,
-            ledgers={system: self.ledger_file(system) for system in SYSTEMS},
-            mails=self.mail_file,
-        )
+        return asyncio.run(held_up(self.place.evidence))
 
     # ----------------------------------------------------------------------- the simulated systems
 

@@ -90,8 +90,8 @@ def _unread(bus: str, prefix: str) -> int:
     """Entries that any group has still to read or to acknowledge."""
     count = 0
     with redis.Redis.from_url(bus) as client:
-        keys: Any = client.scan_iter(match=f"{prefix}:*", _type="stream")
-        for key in keys:
+        scan: Any = client.scan_iter
+        for key in scan(match=f"{prefix}:*", _type="stream"):
             stream: Any = client.xinfo_stream(key)
             groups: Any = client.xinfo_groups(key)
             last = stream["last-generated-id"]

@@ -13,9 +13,7 @@ from sqlalchemy import URL, make_url, text
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from examples.batch_import.contexts import SERVICES
-from examples.batch_import.place import Place
 from examples.batch_import.program import Program, sqlite_stores
-from examples.batch_import.remotes import SYSTEMS
 from sagacity.backends.redis.embedded import EmbeddedRedis
 from sagacity.worker.opening import full_store_url
 
@@ -38,19 +36,6 @@ class Servers:
         self._stack = ExitStack()
         self.redis = EmbeddedRedis(append_only="everysec", data_dir=directory / "redis")
         self.program: Program
-
-    @property
-    def place(self) -> Place:
-        """Where everything is."""
-        program = self.program
-        return Place(
-            stores=dict(program.stores),
-            bus=program.bus,
-            prefix=program.prefix,
-            ledgers={system: str(program.ledger_file(system)) for system in SYSTEMS},
-            mails=str(program.mail_file),
-            confirm_url=program.confirm_url,
-        )
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:

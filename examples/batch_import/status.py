@@ -3,15 +3,19 @@
 from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime
+from typing import Final
 
 import msgspec
-from sqlalchemy import func, select
+from sqlalchemy import select
 
 from examples.batch_import.importing.tables import Batch, RecordError
 from examples.batch_import.reading import reading
 from sagacity.backends.sql.tables import dead_letter, outbox, outbox_pending, parked, saga
 from sagacity.core.delivery import decode_entry
 from sagacity.core.instance import Status, decode_ledger
+
+SETTLED: Final = frozenset({("AccountSaga", "ready")})
+"""What has come to its end, although the saga stays for a while in case somebody changes his mind."""
 
 
 class Quarantine(msgspec.Struct, frozen=True):
@@ -72,6 +76,14 @@ class Convergence(msgspec.Struct, frozen=True):
     def converged(self) -> bool:
         """Whether nothing of it will happen any more."""
         return self.report.finished and not self.open
+
+
+class _Header(msgspec.Struct):
+    type: str
+    correlation_id: str = ""
+
+
+_header_decoder = msgspec.json.Decoder(_Header)
 
 
 async def read_report(store: str, batch_id: str, errors: int = 20) -> BatchReport | None:
@@ -140,7 +152,10 @@ async def _open_in(service: str, store: str, correlation_id: str) -> list[Open]:
             known = decode_ledger(ledger)
             if known.correlation_id != correlation_id:
                 continue
-            if status == Status.RUNNING and not known.pending and not known.parked:
+            resting = status == Status.RUNNING and not known.pending and not known.parked
+            if resting and (saga_type, state) in SETTLED:
+                continue
+            if resting:
                 waiting[f"{saga_type} {state}"] += 1
             elif status == Status.STUCK:
                 waiting[f"{saga_type} {state}, stuck in compensation"] += 1
@@ -151,13 +166,13 @@ async def _open_in(service: str, store: str, correlation_id: str) -> list[Open]:
             envelope = decode_entry(entry)
             if envelope.correlation_id == correlation_id:
                 moving[f"{envelope.type} held for a retry or at work"] += 1
-        unpublished = await connection.scalar(
-            select(func.count()).select_from(
-                outbox_pending.join(outbox, outbox.c.seq == outbox_pending.c.seq)
-            )
+        unpublished = await connection.stream(
+            select(outbox.c.headers).join(outbox_pending, outbox.c.seq == outbox_pending.c.seq)
         )
-        if unpublished:
-            moving["messages that have not left"] += unpublished
+        async for (headers,) in unpublished:
+            header = _header_decoder.decode(headers)
+            if header.correlation_id == correlation_id:
+                moving[f"{header.type} that has not left"] += 1
         letters = await connection.stream(
             select(dead_letter.c.entry).where(
                 dead_letter.c.replayed_at.is_(None), dead_letter.c.decoded
