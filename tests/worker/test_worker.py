@@ -97,10 +97,12 @@ async def test_failing_participants_are_tried_again_with_growing_gaps(
     """Three failures and then success: four attempts, each gap longer, one effect."""
     shop = Shop()
     shop.fail("charge", 3)
-    async with site(store_url, redis_url) as place:
-        async with place.worker(shop.service(), backoff_base_ms=100, backoff_cap_s=10):
-            await place.publish(OrderPlaced("o1", 1))
-            await place.quiet(completed=1)
+    async with (
+        site(store_url, redis_url) as place,
+        place.worker(shop.service(), backoff_base_ms=100, backoff_cap_s=10),
+    ):
+        await place.publish(OrderPlaced("o1", 1))
+        await place.quiet(completed=1)
     tries = [entry for entry in shop.attempts if entry[0] == "charge"]
     assert [attempt for _, _, attempt, _ in tries] == [1, 2, 3, 4]
     gaps = [later[3] - earlier[3] for earlier, later in itertools.pairwise(tries)]
@@ -170,30 +172,32 @@ async def test_a_poison_message_delays_only_its_own_saga(store_url: str, redis_u
         await hold.wait()
 
     shop.before["charge"] = wait
-    async with site(store_url, redis_url) as place:
-        async with place.worker(shop.service(subscribers=False), attempts_max=3):
-            await place.publish(*(OrderPlaced(f"o{n}", n) for n in range(100)))
-            pokes = [Poke(f"o{n}", boom=n == 7) for n in range(100)]
-            later = [Poke("o7"), Poke("o7"), Poke("o8")]
-            ids = [f"poke{n}" for n in range(100)] + ["later1", "later2", "later3"]
-            await place.publish(*pokes, *later, ids=ids)
+    async with (
+        site(store_url, redis_url) as place,
+        place.worker(shop.service(subscribers=False), attempts_max=3),
+    ):
+        await place.publish(*(OrderPlaced(f"o{n}", n) for n in range(100)))
+        pokes = [Poke(f"o{n}", boom=n == 7) for n in range(100)]
+        later = [Poke("o7"), Poke("o7"), Poke("o8")]
+        ids = [f"poke{n}" for n in range(100)] + ["later1", "later2", "later3"]
+        await place.publish(*pokes, *later, ids=ids)
 
-            async def poked() -> bool:
-                seven = await place.store.saga("Order", "o7")
-                return seven is not None and b"later2" in seven.data
-
-            await async_eventually(poked, "the messages behind the poison one are handled")
+        async def poked() -> bool:
             seven = await place.store.saga("Order", "o7")
-            eight = await place.store.saga("Order", "o8")
-            assert seven is not None
-            assert b'"seen":["later1","later2"]' in seven.data
-            assert eight is not None
-            assert b'"seen":["poke8","later3"]' in eight.data
-            [letter] = await place.store.dead_letters()
-            assert (letter.row.message_id, letter.row.reason) == ("poke7", "failed")
-            assert "poked o7 too hard" in letter.row.error
-            hold.set()
-            await place.quiet(completed=100)
+            return seven is not None and b"later2" in seven.data
+
+        await async_eventually(poked, "the messages behind the poison one are handled")
+        seven = await place.store.saga("Order", "o7")
+        eight = await place.store.saga("Order", "o8")
+        assert seven is not None
+        assert b'"seen":["later1","later2"]' in seven.data
+        assert eight is not None
+        assert b'"seen":["poke8","later3"]' in eight.data
+        [letter] = await place.store.dead_letters()
+        assert (letter.row.message_id, letter.row.reason) == ("poke7", "failed")
+        assert "poked o7 too hard" in letter.row.error
+        hold.set()
+        await place.quiet(completed=100)
 
 
 @pytest.mark.requirement("R31")

@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from types import TracebackType
-from typing import Generic, TypeVar, cast
+from typing import Generic, Self, TypeVar, cast
 from uuid import uuid4
 
 import msgspec
@@ -128,7 +128,7 @@ class Inline:
         self._running: list[_Running] = []
         self._stack = AsyncExitStack()
 
-    async def __aenter__(self) -> Inline:
+    async def __aenter__(self) -> Self:
         await self._stack.__aenter__()
         await self.store.prepare(create=True)
         for service in self.services:

@@ -118,7 +118,7 @@ class Cycle:
                 return await self._halves(inputs, wait=wait, taken=taken)
             if conflicts >= 4 * CONFLICTS_MAX:
                 raise
-            await anyio.sleep(random.uniform(0.001, 0.003 * (conflicts + 1)))  # noqa: S311 - jitter
+            await anyio.sleep(random.uniform(0.001, 0.003 * (conflicts + 1)))
             return await self._settle(
                 inputs, wait=wait, refused=refused, taken=taken, conflicts=conflicts + 1
             )
@@ -128,7 +128,8 @@ class Cycle:
             message_id = _identity(inputs[0])
             if message_id in refused:
                 raise
-            log.error(
+            # No traceback: the database's words say it all.
+            log.error(  # noqa: TRY400
                 "Database refuses a message", extra={"message_id": message_id, "error": str(error)}
             )
             return await self._settle(
@@ -252,7 +253,9 @@ class Cycle:
             for _, routed, _, _ in batch.routed
             if routed.lookup is not None
         }
-        found = await transaction.correlated(lookups) if lookups else {}
+        found: Mapping[Lookup, tuple[str, ...]] = {}
+        if lookups:
+            found = await transaction.correlated(lookups)
         arrivals: list[Arrival] = []
         batch.origin.clear()
         for index, routed, envelope, row in batch.routed:

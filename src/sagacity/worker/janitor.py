@@ -37,7 +37,7 @@ class Janitor:
     async def run(self, interval_s: float = 60.0) -> None:
         """Cleans until `stop`, at an interval that differs by up to a fifth each time."""
         while not self._stop.is_set():
-            with anyio.move_on_after(interval_s * random.uniform(0.8, 1.2)):  # noqa: S311 - jitter
+            with anyio.move_on_after(interval_s * random.uniform(0.8, 1.2)):
                 await self._stop.wait()
                 return
             try:

@@ -219,7 +219,7 @@ class Participants:
                 finish = self._refused(task, error.reason)
             except DataRefused as error:
                 finish = self._failed(task, retry, _traceback(error), attempt)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - a handler may raise anything
                 finish = self._failed(task, retry, _traceback(error), attempt)
         # The session, if any, was rolled back with its context.
         self._later(finish)

@@ -88,7 +88,7 @@ class Relay:
                 blocked.add(lane)
                 tries = self._refused[row.envelope.id] = self._refused.get(row.envelope.id, 0) + 1
                 if tries in (1, 10) or tries % 100 == 0:
-                    log.error(
+                    log.error(  # noqa: TRY400 - known, told again at each tenth try
                         "Bus refuses a message, its lane waits",
                         extra={
                             "message_id": row.envelope.id,
@@ -119,7 +119,7 @@ class Relay:
                 away, pause = True, min(2 * pause, 10.0)
                 moved = 0
             except StoreError as error:
-                log.error("Relay cannot sweep", extra={"error": str(error)})
+                log.error("Relay cannot sweep", extra={"error": str(error)})  # noqa: TRY400 - one line
                 moved = 0
             else:
                 if away:

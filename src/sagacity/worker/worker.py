@@ -212,7 +212,7 @@ class Worker:
                 fresh = await subscription.read(room, wait_ms)
                 if time.monotonic() >= reclaim_at:
                     fresh += await subscription.reclaim(settings.reclaim_idle_ms, room)
-                    reclaim_at = time.monotonic() + random.uniform(0.5, 1.0) * (  # noqa: S311 - jitter
+                    reclaim_at = time.monotonic() + random.uniform(0.5, 1.0) * (
                         settings.reclaim_interval_ms / 1000
                     )
             except BusUnavailable as error:
@@ -220,7 +220,7 @@ class Worker:
                 fresh = []
             self._progress_at = time.monotonic()
             if busy and not fresh:
-                await anyio.sleep(random.uniform(0.003, 0.010))  # noqa: S311 - jitter
+                await anyio.sleep(random.uniform(0.003, 0.010))
             together: list[Input] = [*inputs]
             for delivery in fresh:
                 if delivery.attempt >= ALONE_FROM:
@@ -249,10 +249,7 @@ class Worker:
         pause = 0.05
         while True:
             try:
-                with anyio.CancelScope(shield=True):
-                    settled = await self.cycle.settle(inputs, wait=wait)
-                    await self._after(settled)
-                return settled.busy
+                return await self._settle_shielded(inputs, wait=wait)
             except StoreError as error:
                 if self._stopping.is_set():
                     log.warning("Batch is left to another worker", extra={"inputs": len(inputs)})
@@ -265,6 +262,13 @@ class Worker:
                 )
                 await self._pause(pause)
                 pause = min(2 * pause, 10.0)
+
+    async def _settle_shielded(self, inputs: list[Input], *, wait: bool) -> list[Input]:
+        # A cancelled commit says nothing about its outcome (protocol.md M2).
+        with anyio.CancelScope(shield=True):
+            settled = await self.cycle.settle(inputs, wait=wait)
+            await self._after(settled)
+            return settled.busy
 
     async def _after(self, settled: Settled) -> None:
         for outcome, count in settled.outcomes.items():
@@ -338,7 +342,7 @@ class Worker:
 
     async def _wait_out(self, what: str, error: Exception) -> None:
         log.warning(what, extra={"error": str(error)})
-        await self._pause(random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+        await self._pause(random.uniform(0.5, 1.0))
 
 
 def _suspect(delivery: Delivery) -> Delivery:
