@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+from sqlalchemy import select, update
 
 from examples.batch_import.program import Program
 from examples.batch_import.reading import read_rows
 from sagacity.backends.sql import SqlStore
-from sagacity.backends.sql.tables import dead_letter, outbox, parked
+from sagacity.backends.sql.tables import dead_letter, outbox, parked, saga
 from sagacity.core.messages import Message, message_type
 from tests.examples.batch_import import documents
 from tests.waiting import eventually
 
 M = TypeVar("M", bound=Message)
 
+QUIET_WITHIN_S = 60.0
 _numbers = itertools.count(1)
 
 
@@ -79,16 +81,20 @@ class Scene:
     def load(self, *, users: Iterable[str] = (), orders: Iterable[str] = ()) -> str:
         """Load a file and wait until nothing moves any more; every record must be applied."""
         batch_id = self.hand_in(users=users, orders=orders)
-        self.program.wait_until_quiet()
+        self.settle()
         report = self.program.report(batch_id)
         assert report is not None
         assert (report.state, report.quarantined) == ("imported", 0), report
         return batch_id
 
+    def settle(self) -> None:
+        """Wait until nothing moves any more."""
+        self.program.wait_until_quiet(QUIET_WITHIN_S)
+
     def confirm(self, name: str, *, email: str = "") -> None:
         """Press the button in the newest mail, and wait until nothing moves any more."""
         self.press(self.program.link(email or self.email(name)))
-        self.program.wait_until_quiet()
+        self.settle()
 
     def press(self, link: str) -> None:
         assert self.program.follow(link).status_code == 202
@@ -110,7 +116,7 @@ class Scene:
         self.load(orders=orders)
         for name in names:
             self.press(self.program.link(self.email(name)))
-        self.program.wait_until_quiet()
+        self.settle()
 
     # ------------------------------------------------------------------------------------ questions
 
@@ -177,12 +183,19 @@ class Scene:
             system, *({**rule, "match": {"user": self.ref(name)}} for rule in rules)
         )
 
-    def eventually_struck(self, system: str, waiting: int = 1) -> None:
-        """Wait until a fault of a system makes requests wait."""
+    def until_held(self, system: str) -> None:
+        """Wait until a fault of a system makes a request wait."""
         eventually(
-            lambda: sum(rule["waiting"] for rule in self.program.faults(system)) >= waiting,
+            lambda: any(rule["waiting"] for rule in self.program.faults(system)),
             f"a request held by {system}",
         )
+
+    def until_made(self, system: str, name: str) -> None:
+        """Wait until a user's account exists in a system, whether its answer has come or not."""
+        eventually(lambda: self.entries(system, name)[-1:] == ["create"], f"an account in {system}")
+
+    def until_status(self, saga_type: str, name: str, status: str) -> None:
+        eventually(lambda: self.saga(saga_type, name)["status"] == status, f"{name} to be {status}")
 
 
 def sagas(program: Program, service: str, saga_type: str, key: str) -> dict[str, str] | None:
@@ -197,6 +210,23 @@ def sagas(program: Program, service: str, saga_type: str, key: str) -> dict[str,
         return None if found is None else {"status": str(found.status), "state": found.state}
 
     return asyncio.run(look())
+
+
+def replace_data(program: Program, service: str, key: str, data: bytes) -> bytes:
+    """Overwrite the stored data of the one saga instance with this key; returns what was there."""
+
+    async def swap() -> bytes:
+        store = SqlStore(program.stores[service])
+        try:
+            async with store.engine.begin() as connection:
+                where = saga.c.saga_key == key.encode()
+                before = (await connection.execute(select(saga.c.data).where(where))).scalar_one()
+                await connection.execute(update(saga).where(where).values(data=data))
+        finally:
+            await store.close()
+        return bytes(before)
+
+    return asyncio.run(swap())
 
 
 def attempts(program: Program, service: str) -> int:
