@@ -48,6 +48,7 @@ verify: $(READY-test)
 
 requirements: $(READY-test)
 	$(BIN)/python -m tests.requirements_table
+	$(BIN)/python -m tests.docs.generated
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "make: no usable Python found (expected one of: $(PYTHONS)," \
