@@ -265,10 +265,12 @@ class Worker:
 
     async def _settle_shielded(self, inputs: list[Input], *, wait: bool) -> list[Input]:
         # A cancelled commit says nothing about its outcome (protocol.md M2).
+        busy: list[Input] = []
         with anyio.CancelScope(shield=True):
             settled = await self.cycle.settle(inputs, wait=wait)
             await self._after(settled)
-            return settled.busy
+            busy = settled.busy
+        return busy
 
     async def _after(self, settled: Settled) -> None:
         for outcome, count in settled.outcomes.items():
