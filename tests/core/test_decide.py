@@ -685,6 +685,15 @@ def test_a_refusal_frees_an_instance_that_is_stuck_on_its_undo() -> None:
     assert undos(world) == [CAR, HOTEL]
 
 
+def test_an_undo_that_fails_after_its_command_was_refused_holds_up_nothing() -> None:
+    world = trip()
+    world.control(Cancel("stop"), "t")
+    world.deliver(failed(world.sent[2], "never was", refused=True))
+    world.deliver(failed(world.last("Release"), "nothing to release"))
+    assert world.one("t").status is Status.COMPENSATING
+    assert undos(world) == [CAR, HOTEL]
+
+
 def test_in_parallel_the_others_go_on_and_retry_keeps_the_order() -> None:
     world = trip(ParallelTrip)
     world.control(Cancel("stop"), "t")

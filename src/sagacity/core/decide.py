@@ -381,7 +381,9 @@ class _Step:
         under_way = dict(compensation.under_way)
         entry = under_way.pop(undo_id)
         failed, errors = dict(compensation.failed), dict(compensation.errors)
-        if isinstance(message, CommandFailed):
+        # Meanwhile the command itself may have been refused: then there was nothing to undo.
+        needed = any(entry.command_id == other.command_id for other in self.undo)
+        if isinstance(message, CommandFailed) and needed:
             failed[undo_id] = entry
             errors[undo_id] = message.reason
         self.compensation = msgspec.structs.replace(
