@@ -30,7 +30,7 @@ class Block(msgspec.Struct, frozen=True):
     text: str
     line: int
     output: str | None
-    """The ``text`` block directly below it, if there is one."""
+    """The ``text`` block directly below it, or below a console block the diagram that it prints."""
 
 
 def pages() -> list[Path]:
@@ -53,7 +53,7 @@ def blocks(source: str) -> list[Block]:
         output = None
         if (
             following is not None
-            and following["language"] == "text"
+            and following["language"] == ("mermaid" if fence["language"] == "console" else "text")
             and not source[fence.end() : following.start()].strip()
         ):
             output = following["text"]
