@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import msgspec
 from sqlalchemy import select, update
@@ -15,7 +16,9 @@ from examples.batch_import.program import Program
 from examples.batch_import.reading import read_rows
 from sagacity.backends.sql import SqlStore
 from sagacity.backends.sql.tables import dead_letter, outbox, parked, saga
-from sagacity.core.messages import Message, message_type
+from sagacity.core.delivery import Envelope
+from sagacity.core.messages import Message, encode_message, message_type
+from sagacity.worker.opening import open_bus
 from tests.examples.batch_import import documents
 from tests.waiting import eventually
 
@@ -254,3 +257,32 @@ def assert_green(program: Program) -> None:
     """`check` finds nothing wrong."""
     wrong = {verdict.name: verdict.wrong for verdict in program.check() if not verdict.holds}
     assert wrong == {}
+
+
+def publish(program: Program, *messages: Message) -> None:
+    """Put messages on the bus as some other service would, and wait until nothing moves any more."""
+    envelopes: list[Envelope] = []
+    for message in messages:
+        facts = message_type(message)
+        message_id = uuid4().hex
+        envelopes.append(
+            Envelope(
+                id=message_id,
+                type=facts.name,
+                topic=facts.topic,
+                version=facts.version,
+                body=encode_message(message),
+                source="test",
+                correlation_id=message_id,
+            )
+        )
+
+    async def send() -> None:
+        bus = open_bus(program.bus, prefix=program.prefix)
+        try:
+            await bus.publish(envelopes)
+        finally:
+            await bus.close()
+
+    asyncio.run(send())
+    program.wait_until_quiet(QUIET_WITHIN_S)
