@@ -52,13 +52,14 @@ def programs(found: list[Block]) -> Iterator[list[Block]]:
 
 def run(arguments: list[str], directory: Path) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    clean = {name: value for name, value in os.environ.items() if "SAGACITY_" not in name}
     return subprocess.run(
         arguments,
         check=False,
         capture_output=True,
         text=True,
         cwd=directory,
-        env={**os.environ, "PATH": path, "PYTHONPATH": str(CHECKOUT), "NO_COLOR": "1"},
+        env={**clean, "PATH": path, "PYTHONPATH": str(CHECKOUT), "NO_COLOR": "1"},
         timeout=100,
     )
 

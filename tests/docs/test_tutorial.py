@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -30,25 +31,30 @@ def files() -> dict[str, str]:
 def test_the_tutorial_runs_for_real(tmp_path: Path, redis_url: str) -> None:
     for name, text in files().items():
         (tmp_path / name).write_text(text)
-    store = "sqlite+aiosqlite:///shop.db"
+    servers = {"SAGACITY_STORE": "sqlite+aiosqlite:///shop.db", "SAGACITY_BUS": redis_url}
 
     def asked(*arguments: str) -> str:
-        done = subprocess.run(arguments, check=False, capture_output=True, text=True, cwd=tmp_path)
+        done = subprocess.run(
+            arguments,
+            check=False,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, **servers},
+        )
         return done.stdout
 
     def ended(key: str, status: str) -> bool:
-        told = asked(SAGA, "show", "Order", key, "--json", "--store", store)
+        told = asked(SAGA, "show", "Order", key, "--json")
         return bool(told) and json.loads(told)["about"]["status"] == status
 
-    with Command(
-        "shop:service", "--store", store, "--bus", redis_url, directory=tmp_path
-    ) as worker:
+    with Command("shop:service", directory=tmp_path, environment=servers) as worker:
         worker.until("joined its group")
-        asked(sys.executable, "place.py", store)
+        asked(sys.executable, "place.py")
         eventually(lambda: ended("o1", "completed"), "order o1 being shipped")
         eventually(lambda: ended("o2", "compensated"), "order o2 being paid back")
         assert "40 back to o2" in worker.output
-        listed = asked(SAGA, "list", "--store", store)
+        listed = asked(SAGA, "list")
         assert "o1" in listed
         assert "compensated" in listed
         worker.signal(signal.SIGTERM)
