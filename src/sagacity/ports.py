@@ -404,6 +404,21 @@ class Inspector(Protocol):
         ...
 
 
+class BusUpkeep(Protocol):
+    """The janitor's view of a bus."""
+
+    async def trim(self, topics: Collection[str], retention_us: int) -> int:
+        """Removes entries older than `retention_us` that every group has acknowledged.
+
+        A topic that no group has joined is left alone. Returns how many entries went.
+        """
+        ...
+
+    async def forget_consumers(self, group: str, topics: Collection[str], idle_us: int) -> int:
+        """Removes consumers that were idle for `idle_us` and have nothing pending."""
+        ...
+
+
 # -------------------------------------------------------------------------------- loss of the bus
 
 

@@ -219,7 +219,8 @@ def _mark(
     location = caller_location(2)
     wanted: type[Message] = Command if kind == "command" else Event
     decorator = "handles" if kind == "command" else "subscribes"
-    for message in messages:
+    given: tuple[object, ...] = messages
+    for message in given:
         if not (isinstance(message, type) and issubclass(message, wanted)):
             raise DefinitionError(
                 f"@{decorator} expects {wanted.__name__} classes, got {message!r}", location
@@ -333,7 +334,7 @@ class Service:
         return message_type(cls).topic
 
     def _add_saga(self, saga: object) -> None:
-        definition = vars(saga).get("__definition__") if isinstance(saga, type) else None
+        definition: object = getattr(saga, "__dict__", {}).get("__definition__")
         if not isinstance(definition, Definition):
             raise self._fail(f"expected Saga subclasses, got {saga!r}")
         if definition.saga_type in self.sagas:

@@ -226,6 +226,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             le=36_500,
         ),
     ] = 30.0
+    stream_hours: Annotated[
+        float,
+        _of(
+            "Retention",
+            "Messages that every group acknowledged stay on the bus this long: for groups that join"
+            " later, and for replay after a database was restored; at most as long as the inbox.",
+            gt=0,
+            le=876_000,
+        ),
+    ] = 24.0
     dead_letters_days: Annotated[
         float, _of("Retention", "Dead letters are kept for this long.", gt=0, le=36_500)
     ] = 90.0
@@ -351,6 +361,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             f"at least outbox_days ({self.outbox_days:g})",
             self.inbox_days,
             "a message sent again must still be recognised as a duplicate",
+        )
+        _expect(
+            self.stream_hours <= 24 * self.inbox_days,
+            "stream_hours",
+            f"at most inbox_days ({24 * self.inbox_days:g} hours)",
+            self.stream_hours,
+            "a message read again must still be recognised as a duplicate",
         )
         _expect(
             self.finished_days >= self.inbox_days,

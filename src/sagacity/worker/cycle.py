@@ -79,6 +79,8 @@ class Cycle:
         self.observer, self.payload_bytes_max = observer, payload_bytes_max
         self.waiting = True
         """True while messages may be parked for instances that do not exist."""
+        self.published_to: set[str] = set()
+        """Topics that this process has published to."""
         self.published: list[int] = []
         """Pending rows that left; forgotten in the next batch's transaction."""
 
@@ -303,6 +305,7 @@ class Cycle:
             )
             return False
         self.published.extend(row.seq for row in pending)
+        self.published_to.update(row.envelope.topic for row in pending)
         return True
 
     def _notice(self, name: str, **attributes: object) -> None:

@@ -18,11 +18,29 @@ from urllib.parse import unquote
 import anyio
 
 from sagacity.core.errors import BusUnavailable, ConfigurationError, Unavailable
-from sagacity.ports import Bus, Inspector, OutboxStore, RetentionStore, Store, TaskStore
+from sagacity.ports import (
+    Bus,
+    BusMemory,
+    BusUpkeep,
+    Inspector,
+    MarkStore,
+    OutboxStore,
+    RetentionStore,
+    Store,
+    TaskStore,
+)
 from sagacity.service import Service
 from sagacity.worker.redaction import redacted
 
-__all__ = ["WholeStore", "full_store_url", "is_new", "open_bus", "open_store", "until_reachable"]
+__all__ = [
+    "WholeBus",
+    "WholeStore",
+    "full_store_url",
+    "is_new",
+    "open_bus",
+    "open_store",
+    "until_reachable",
+]
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +72,12 @@ _FIRST_WAIT_S: Final = 0.1
 _LONGEST_WAIT_S: Final = 10.0
 
 
-class WholeStore(Store, OutboxStore, TaskStore, RetentionStore, Inspector, Protocol):
+class WholeStore(Store, OutboxStore, TaskStore, RetentionStore, MarkStore, Inspector, Protocol):
     """A store with all its views, as every backend of this package is."""
+
+
+class WholeBus(Bus, BusMemory, BusUpkeep, Protocol):
+    """A bus with all its views, as every backend of this package is."""
 
 
 def open_store(url: str, *, service: Service | None = None) -> WholeStore:
@@ -86,7 +108,7 @@ def open_store(url: str, *, service: Service | None = None) -> WholeStore:
     )
 
 
-def open_bus(url: str, *, prefix: str = "sagacity", payload_bytes_max: int = 262_144) -> Bus:
+def open_bus(url: str, *, prefix: str = "sagacity", payload_bytes_max: int = 262_144) -> WholeBus:
     """The bus that `url` names; nothing is connected yet.
 
     ``redis://``, ``rediss://`` (TLS), ``unix://`` or ``memory:``. Raises ConfigurationError for any

@@ -28,13 +28,14 @@ from sagacity.core.decide import Sender
 from sagacity.core.delivery import Delivery
 from sagacity.core.errors import BusError, BusUnavailable, StoreError, Unavailable
 from sagacity.core.plan import Retry
-from sagacity.ports import Bus, Due, Observer, PendingRow, Subscription
+from sagacity.ports import Due, Observer, PendingRow, Subscription
 from sagacity.service import Service
 from sagacity.worker.config import Settings
 from sagacity.worker.cycle import Cycle, Input, Settled, due_inputs
 from sagacity.worker.janitor import Janitor
-from sagacity.worker.opening import WholeStore, until_reachable
+from sagacity.worker.opening import WholeBus, WholeStore, until_reachable
 from sagacity.worker.participants import Participants
+from sagacity.worker.recovery import Recovery
 from sagacity.worker.redaction import redacted
 from sagacity.worker.relay import Relay
 
@@ -63,7 +64,7 @@ class Worker:
         self,
         service: Service,
         store: WholeStore,
-        bus: Bus,
+        bus: WholeBus,
         settings: Settings,
         *,
         observer: Observer | None = None,
@@ -83,7 +84,24 @@ class Worker:
         self.relay = Relay(
             store, bus, store.clock, age_us=settings.pending_age_ms * 1000, observer=observer
         )
-        self.janitor = Janitor(store, settings.retention)
+        self.janitor = Janitor(
+            store,
+            settings.retention,
+            bus=bus,
+            group=service.name,
+            topics=sorted(service.topics),
+            stream_us=int(settings.stream_hours * 3_600_000_000),
+        )
+        self.recovery = Recovery(
+            store,
+            bus,
+            store.clock,
+            lambda: self.cycle.published_to,
+            margin_us=2 * max(settings.batch_deadline_ms * 1000, 30_000_000),
+            retention_us=settings.retention.outbox_us,
+            republished=lambda rows: self.relay.notify(),
+            observer=observer,
+        )
         self.participants = Participants(
             service,
             store,
@@ -115,6 +133,7 @@ class Worker:
         self._clock_wake.set()
         self.participants.stop()
         self.relay.stop()
+        self.recovery.stop()
         self.janitor.stop()
         if self._subscription is not None:
             self._subscription.wake()
@@ -156,6 +175,7 @@ class Worker:
                         tasks.start_soon(self._watch_the_clock)
                         tasks.start_soon(self._forget_published)
                         tasks.start_soon(self.relay.run, self.settings.sweep_interval_ms / 1000)
+                        tasks.start_soon(self.recovery.run)
                         tasks.start_soon(self.janitor.run, self.settings.cleaning_interval_s)
                         if self.participants.limits:
                             tasks.start_soon(self.participants.run)

@@ -95,6 +95,7 @@ async def test_trim_keeps_what_a_group_has_not_acknowledged() -> None:
     assert await bus.trim(["orders"], 3600 * 1_000_000) == 4
     assert [m.id for m in bus.messages("orders")] == [f"orders-{n}" for n in range(4, 10)]
     await slow.ack(handed)
-    assert await bus.trim(["orders"], 3600 * 1_000_000) == 3
+    # The newest entry that everybody has read stays: by it the loss check knows the bus again.
+    assert await bus.trim(["orders"], 3600 * 1_000_000) == 2
     late = await bus.join("late", "c", ["orders"])
-    assert ids(await late.read(10, 0)) == ["orders-7", "orders-8", "orders-9"]
+    assert ids(await late.read(10, 0)) == ["orders-6", "orders-7", "orders-8", "orders-9"]

@@ -202,9 +202,7 @@ class MemoryBus:
             topic = self._topics.state.topics.get(name)
             if topic is None or not topic.groups:
                 continue
-            bound = min(
-                min([*group.pending, group.position + 1]) for group in topic.groups.values()
-            )
+            bound = min(min([*group.pending, group.position]) for group in topic.groups.values())
             old = [n for n, entry in topic.entries.items() if n < bound and entry.at < oldest]
             for number in old:
                 del topic.entries[number]
