@@ -297,6 +297,45 @@ def test_an_early_event_that_fails_on_replay_holds_up_the_later_early_ones() -> 
     assert [letter.message_id for letter in world.dead] == ["e3"]
 
 
+def test_an_early_event_that_fails_on_replay_comes_before_what_waits_behind() -> None:
+    """It is older than what was parked since."""
+
+    class Slow(Saga, key="book"):
+        locked = State()
+        opened = State()
+        shut = State(final=True)
+        book: str
+        notes: list[str] = []
+
+        def not_before(self, seconds: int) -> None:
+            if self.now.timestamp() * SECOND < START + seconds * SECOND:
+                raise RuntimeError("not yet")
+
+        @on(Opened, starts=True, goto=locked)
+        def begin(self) -> None: ...
+
+        @on(Stored, when=locked, goto=opened)
+        def unlock(self) -> None:
+            self.not_before(1)
+
+        @on(Noted, when=opened)
+        def note(self, event: Noted) -> None:
+            if event.text == "early":
+                self.not_before(10)
+            self.notes.append(event.text)
+
+        @on(Sealed, when=opened, goto=shut)
+        def seal(self) -> None: ...
+
+    world, event = World(Slow), Numbered()
+    world.deliver(event(Opened("b")), event(Noted("b", "early")))
+    world.deliver(event(Stored("b", "")), event(Noted("b", "1")), event(Noted("b", "2")))
+    assert len(world.one("b").ledger.parked) == 3
+    world.converge()
+    assert world.saga("b").notes == ["early", "1", "2"]
+    assert world.dead == []
+
+
 def test_an_early_event_that_will_never_be_handled_is_dropped() -> None:
     """It waited for a state that can no longer come."""
 
@@ -447,6 +486,74 @@ def test_a_redelivery_does_not_meet_again_the_instance_that_a_parked_copy_reache
     assert len(world.sent) == 1
     assert world.deliver(confirmed) == [DUPLICATE]
     assert len(world.sent) == 1
+
+
+@pytest.mark.requirement("R21")
+def test_two_copies_of_which_one_found_nobody_meet_an_instance_once() -> None:
+    """Two workers at a time: one looked before the instance was there, the other after."""
+    world, event = World(AccountGeneration), Numbered()
+    confirmed = event(EmailConfirmed("ann"))
+    world.deliver(confirmed)
+    (early,) = world.parked.values()
+    del world.inbox["AccountGeneration", confirmed.id]  # not yet to be seen by the other worker
+    world.deliver(event(AccountsNeeded("o1", "ann", ["crm"])))
+    assert world.deliver(confirmed) == [HANDLED]
+    world.inbox["AccountGeneration", confirmed.id] = PARKED
+    assert world.deliver(early) == [DUPLICATE]
+    assert len(world.sent) == 1
+    assert world.parked == {}
+
+
+@pytest.mark.requirement("R21")
+def test_what_was_ignored_because_nobody_had_the_key_stays_ignored() -> None:
+    class Deaf(Saga, key="order_ref"):
+        waiting = State()
+        over = State(final=True)
+        order_ref: str
+
+        @on(AccountsNeeded, starts=True, goto=waiting)
+        def begin(self, event: AccountsNeeded) -> None:
+            self.correlate("user_ref", event.user_ref)
+
+        @on(EmailConfirmed, key="user_ref", when=waiting, goto=over, missing="ignore")
+        def end(self) -> None: ...
+
+    world, event = World(Deaf), Numbered()
+    confirmed = event(EmailConfirmed("ann"))
+    assert world.deliver(confirmed) == [IGNORED]
+    world.deliver(event(AccountsNeeded("o1", "ann", [])))
+    assert world.deliver(confirmed) == [DUPLICATE]
+    assert states(world) == {"o1": "waiting"}
+
+
+def test_a_parked_message_of_several_keys_comes_back_to_its_own_instance_only() -> None:
+    """Its other instances have had it."""
+
+    class Letter(Event, topic="notes"):
+        books: list[str]
+
+    class Box(Saga, key="book"):
+        opened = State()
+        shut = State(final=True)
+        book: str
+        count: int = 0
+
+        @on(Opened, starts=True, goto=opened)
+        def begin(self) -> None: ...
+
+        @on(Letter, field="books", when=opened)
+        def letter(self) -> None:
+            self.count += 1
+
+        @on(Sealed, when=opened, goto=shut)
+        def seal(self) -> None: ...
+
+    world, event = World(Box), Numbered()
+    world.deliver(event(Opened("a")))
+    world.deliver(event(Letter(["a", "b"])))
+    world.deliver(event(Opened("b")))
+    world.settle()
+    assert [world.saga(key).count for key in "ab"] == [1, 1]
 
 
 def test_a_redelivery_after_its_only_instance_ended_is_no_dead_letter() -> None:
