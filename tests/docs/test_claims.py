@@ -51,3 +51,18 @@ def test_paths_and_tests_that_are_named_exist(page: Path) -> None:
         assert (CHECKOUT / path).exists(), f"{path} does not exist"
     for name in re.findall(r"`(test_\w+)`", text):
         assert name in all_tests(), f"there is no test {name}"
+
+
+def test_page_one_says_every_promise_and_what_is_not_promised() -> None:
+    text = (CHECKOUT / "docs/index.md").read_text(encoding="utf-8")
+    assert re.findall(r"^- \*\*(G\d+) ", text, re.MULTILINE) == [f"G{n}" for n in range(1, 12)]
+    assert "**Not promised:**" in text
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    """MkDocs checks the links of its own pages; nobody else checks these."""
+    text = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    assert links
+    missing = [link for link in links if not (CHECKOUT / link).exists()]
+    assert not missing
