@@ -462,6 +462,18 @@ def test_a_busy_instance_is_reached_later_and_the_others_only_once() -> None:
     assert len(world.sent) == 3
 
 
+def test_a_busy_instance_is_not_forgotten_for_one_that_began_in_the_same_batch() -> None:
+    world, event = three_orders()
+    confirmed = event(EmailConfirmed("ann"))
+    world.busy = {("AccountGeneration", f"o{n}") for n in (1, 2, 3)}
+    outcomes = world.deliver(event(AccountsNeeded("o4", "ann", ["crm"])), confirmed)
+    assert outcomes == [HANDLED, BUSY, BUSY, BUSY]
+    assert states(world)["o4"] == "creating"
+    world.busy = set()
+    assert world.deliver(confirmed) == [HANDLED, HANDLED, HANDLED, DUPLICATE]
+    assert len(world.sent) == 4
+
+
 def test_a_parked_event_reaches_all_or_none_of_its_instances() -> None:
     """The row is one; it may not be taken over while one of its instances is held."""
     world, event = World(AccountGeneration), Numbered()
@@ -656,9 +668,12 @@ def test_a_unique_key_belongs_to_one_instance() -> None:
     assert world.deliver(first, second) == [HANDLED, PARKED]
     (row,) = world.parked.values()
     assert "unique and belongs to instance 'o1'" in row.error
-    world.deliver(event(EmailConfirmed("ann")))  # o1 ends, its key is free
+    third = event(AccountsNeeded("o3", "ann", []))
+    world.deliver(event(EmailConfirmed("ann")), third)  # o1 ends, and its key is free
+    assert states(world) == {"o1": "over", "o3": "waiting"}
+    world.deliver(event(EmailConfirmed("ann")))
     world.converge()
-    assert states(world) == {"o1": "over", "o2": "waiting"}
+    assert states(world) == {"o1": "over", "o2": "waiting", "o3": "over"}
 
 
 # --------------------------------------------------------------------------------------- timeouts
