@@ -44,6 +44,8 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
     create: bool = False
     refuse_unsafe: bool = False
     banner: bool = False
+    first: bool = True
+    """True for one of several, and not for its successors: it tells what is the same for all."""
     workers: int = 1
     health: str = ""
     """Where the parent answers health questions."""

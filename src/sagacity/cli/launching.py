@@ -139,20 +139,18 @@ def _run(what: Launch, settings: Settings, orders: Orders) -> Exit:
         for line in banner(service, settings, workers=orders.workers, health=health, width=width):
             click.echo(line, err=True)
     else:
-        log.info("Service starting", extra=_facts(service, settings))
+        log.info(
+            "Service starting",
+            extra={
+                "service": service.name,
+                "sagas": " ".join(service.sagas),
+                "topics": " ".join(sorted(service.topics)),
+                "store": redacted(settings.store),
+                "bus": redacted(settings.bus),
+                "version": package_version(),
+            },
+        )
     return asyncio.run(_serving(service, settings, orders, stopping))
-
-
-def _facts(service: Service, settings: Settings) -> dict[str, object]:
-    """The banner for machines."""
-    return {
-        "service": service.name,
-        "sagas": " ".join(service.sagas),
-        "topics": " ".join(sorted(service.topics)),
-        "store": redacted(settings.store),
-        "bus": redacted(settings.bus),
-        "version": package_version(),
-    }
 
 
 async def _serving(
@@ -172,6 +170,7 @@ async def _serving(
             stopping,
             create=orders.create,
             refuse_unsafe=orders.refuse_unsafe,
+            tell_unsafe=orders.first,
             started=attend,
         )
     finally:

@@ -75,7 +75,7 @@ class Reloader:
 
     async def _run_child(self, changed: asyncio.Event) -> int:
         self._child = child = await Child.start(self._arguments, self._settings, self._orders)
-        self._orders["banner"] = False
+        self._orders.update(first=False, banner=False)
         if self._stopping.is_set():
             child.signal(signal.SIGTERM)
         ended = asyncio.create_task(child.wait())

@@ -42,12 +42,13 @@ async def serve(
     *,
     create: bool = False,
     refuse_unsafe: bool = False,
+    tell_unsafe: bool = True,
     started: Callable[[Running], None] | None = None,
 ) -> Exit:
     """Runs one worker until it is stopped.
 
-    `create` makes missing tables, `refuse_unsafe` ends where the bus has settings that may lose
-    messages, `started` is called with the worker before it runs. Errors that end a process are
+    `create` makes missing tables. Settings of the bus that may lose messages are logged with
+    `tell_unsafe`, and end the worker with `refuse_unsafe`. `started` is called with the worker before it runs. Errors that end a process are
     logged here and become its exit status.
     """
     stopping.enter_loop()
@@ -65,7 +66,12 @@ async def serve(
                 await stack.enter_async_context(HealthServer(*settings.health_address, probe))
             if started is not None:
                 started(worker)
-            await _reach(store, bus, settings, stopping, create, refuse_unsafe)
+            unsafe = await _reach(store, bus, settings, stopping, create)
+            if tell_unsafe:
+                for line in unsafe:
+                    log.warning("Bus is set up unsafely", extra={"found": line})
+            if refuse_unsafe:
+                _refuse(unsafe)
             if not stopping.asked:
                 stopping.attach(worker)
                 await worker.run()
@@ -95,25 +101,18 @@ def _ended(stopping: Stopping) -> Exit:
 
 
 async def _reach(
-    store: WholeStore,
-    bus: Bus,
-    settings: Settings,
-    stopping: Stopping,
-    create: bool,
-    refuse_unsafe: bool,
-) -> None:
-    await until_reachable(
-        "store",
-        redacted(settings.store),
-        lambda: store.prepare(create=create),
-        stopping=stopping.requested,
-    )
-    unsafe = await until_reachable(
-        "bus", redacted(settings.bus), bus.check, stopping=stopping.requested
-    )
-    for line in unsafe or []:
-        log.warning("Bus is set up unsafely", extra={"found": line})
-    if unsafe and refuse_unsafe:
+    store: WholeStore, bus: Bus, settings: Settings, stopping: Stopping, create: bool
+) -> list[str]:
+    """Waits for both servers; returns what is unsafe about the bus."""
+    stop = stopping.requested
+    where = redacted(settings.store)
+    await until_reachable("store", where, lambda: store.prepare(create=create), stopping=stop)
+    where = redacted(settings.bus)
+    return await until_reachable("bus", where, bus.check, stopping=stop) or []
+
+
+def _refuse(unsafe: list[str]) -> None:
+    if unsafe:
         raise ConfigurationError(
             f"--refuse-unsafe: expected a bus that cannot lose messages, got {'; '.join(unsafe)}; "
             "change the server's configuration"

@@ -1,6 +1,6 @@
 """How a worker process is asked to stop, once politely and once for good.
 
-The first SIGTERM or SIGINT drains: nothing new is read, what has begun is committed and acknowledged.
+The first SIGTERM, SIGINT or SIGHUP drains: nothing new is read, what has begun is committed and acknowledged.
 The second one stops at once, and so does the shutdown time-out. None of this depends on the event
 loop: user code may block it, so a thread has the last word. Nothing is lost either way, since what
 was not acknowledged is delivered again.
@@ -70,12 +70,13 @@ class Stopping:
         return self._requested
 
     def install(self) -> None:
-        """Takes over SIGTERM and SIGINT.
+        """Takes over SIGTERM, SIGINT and SIGHUP, unless they are ignored.
 
         These are plain handlers, so they work while user code keeps the event loop busy.
         """
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores SIGHUP
+                signal.signal(number, self._on_signal)
 
     def enter_loop(self) -> None:
         """Names the running event loop as the one to tell."""

@@ -88,10 +88,15 @@ class Supervisor:
 
     async def _keep(self, index: int) -> None:
         failed_starts = 0
-        orders = dict(self._orders, banner=index == 0 and self._orders.get("banner", False))
+        first = index == 0
+        orders = {
+            **self._orders,
+            "first": first,
+            "banner": first and self._orders.get("banner", False),
+        }
         while not self._stopping.is_set():
             child = await Child.start(self._arguments, self._settings_of(index), orders)
-            orders["banner"] = False
+            orders.update(first=False, banner=False)
             self._children[index] = child
             if self._stopping.is_set():  # asked while it was being started
                 child.signal(signal.SIGTERM)
