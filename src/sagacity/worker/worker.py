@@ -290,7 +290,7 @@ class Worker:
             settled = await self.cycle.settle(inputs, wait=wait)
             await self._after(settled)
             busy = settled.busy
-        return busy
+        return busy  # noqa: RET504 - to a type checker the scope might swallow an exception
 
     async def _after(self, settled: Settled) -> None:
         for outcome, count in settled.outcomes.items():
