@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 import redis.exceptions as failures
 
 from sagacity.backends.redis.checks import server_info, unsafe_lines
-from sagacity.backends.redis.connection import Connector, reason_of
+from sagacity.backends.redis.connection import Connector, close_client, reason_of
 from sagacity.backends.redis.entry import entry_size
 from sagacity.backends.redis.reader import Membership
 from sagacity.backends.redis.subscription import RedisSubscription
@@ -144,7 +144,7 @@ class RedisBus:
         """Closes the subscriptions that are still open, then all connections."""
         while self._subscriptions:
             await self._subscriptions.pop().close()
-        await self._client.aclose()
+        await close_client(self._client)
 
     # --- for the janitor ------------------------------------------------------------------------
 

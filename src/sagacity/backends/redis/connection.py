@@ -16,7 +16,7 @@ import redis.exceptions as failures
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 
 from sagacity.core.errors import BusError, BusUnavailable, ConfigurationError
@@ -133,10 +133,15 @@ class Connector:
         return self._client(self._timeout_s, self._connections_max)
 
     def dedicated(self, block_ms: int) -> Client:
-        """A client with one connection of its own, whose commands may block for `block_ms`."""
-        return self._client(self._timeout_s + block_ms / 1000, 1)
+        """A client with one connection of its own, whose commands may block for `block_ms`.
 
-    def _client(self, read_timeout_s: float, connections: int) -> Client:
+        It tells each broken connection by an error. A pool would replace one that broke while idle
+        without a word, and its reader would not know that it has to read its pending entries again.
+        Close it with `close_client`.
+        """
+        return self._client(self._timeout_s + block_ms / 1000, None)
+
+    def _client(self, read_timeout_s: float, connections: int | None) -> Client:
         scheme = self._parts.scheme
         options: dict[str, Any] = {
             "decode_responses": False,
@@ -151,23 +156,22 @@ class Connector:
             if scheme in _CLUSTER:
                 return self._cluster(options)
             if scheme in _SENTINEL:
-                return self._sentinel(options)
-            pool = (
-                ConnectionPool.from_url(self._url, max_connections=1, **options)
-                if connections == 1
-                else BlockingConnectionPool.from_url(
+                pool = self._sentinel_pool(options)
+            elif connections is None:
+                pool = ConnectionPool.from_url(self._url, **options)
+            else:
+                pool = BlockingConnectionPool.from_url(
                     self._url, max_connections=connections, timeout=self._timeout_s, **options
                 )
-            )
-            pool.connection_class(
-                **pool.connection_kwargs
-            )  # names an unknown option now, not later
-            # from_pool: closing the client closes the pool.
-            return cast("Client", Redis.from_pool(pool))
+            # Names an unknown option now, not with the first command.
+            pool.connection_class(**pool.connection_kwargs)
+            if connections is None:
+                return cast("Client", Redis(connection_pool=pool, single_connection_client=True))
+            return cast("Client", Redis.from_pool(pool))  # closing the client closes the pool
         except (ValueError, TypeError) as error:
             raise ConfigurationError(f"bus URL {self.name}: {_one_line(str(error))}") from error
 
-    def _sentinel(self, options: dict[str, Any]) -> Client:
+    def _sentinel_pool(self, options: dict[str, Any]) -> ConnectionPool:
         parts = self._parts
         _, _, places = parts.netloc.rpartition("@")
         service, _, database = parts.path.strip("/").partition("/")
@@ -194,17 +198,16 @@ class Connector:
         if parts.scheme == "rediss+sentinel":
             options["ssl"] = True
         sentinel: Any = cast("Any", Sentinel)(hosts, sentinel_kwargs=sentinel_options)
-        return cast(
-            "Client",
-            sentinel.master_for(
-                service,
-                username=_user(parts.username),
-                password=_user(parts.password),
-                db=int(database or 0),
-                **extra,
-                **options,
-            ),
+        pool: Any = cast("Any", SentinelConnectionPool)(
+            service,
+            sentinel,
+            username=_user(parts.username),
+            password=_user(parts.password),
+            db=int(database or 0),
+            **extra,
+            **options,
         )
+        return cast("ConnectionPool", pool)
 
     def _cluster(self, options: dict[str, Any]) -> Client:
         parts = self._parts
@@ -212,6 +215,12 @@ class Connector:
             (parts.scheme.removesuffix("+cluster"), parts.netloc, "", parts.query, "")
         )
         return cast("Client", RedisCluster.from_url(plain, **options))
+
+    def at(self, client: Client, key: str) -> dict[str, Any]:
+        """Options that send a command without a key to the server that holds `key`."""
+        if not self.cluster:
+            return {}
+        return {"target_nodes": cast("RedisCluster", client).get_node_from_key(key)}
 
     # --- errors ---------------------------------------------------------------------------------
 
@@ -261,11 +270,15 @@ def missing_group(error: BaseException) -> bool:
     )
 
 
-async def disconnect(client: Client) -> None:
-    """Drops the connections of a client, so that the next command finds the server of now."""
+async def close_client(client: Client) -> None:
+    """Ends a client with all connections it has, those to Sentinel too. Safe to call twice."""
+    await client.aclose()
     pool = getattr(client, "connection_pool", None)
     if pool is not None:
         await pool.disconnect()
+        watchers = getattr(pool, "sentinel_manager", None)
+        for watcher in watchers.sentinels if watchers is not None else ():
+            await watcher.aclose()
 
 
 def _user(value: str | None) -> str | None:

@@ -17,7 +17,7 @@ import redis.exceptions as failures
 from sagacity.backends.redis.connection import (
     Client,
     Connector,
-    disconnect,
+    close_client,
     missing_group,
     reason_of,
 )
@@ -112,7 +112,7 @@ class Reader:
         """Ends the command in flight without losing its result, and closes the connection."""
         rest: list[Delivery] = []
         if self._task is not None:
-            await self._unblock(shared)
+            await self._unblock(shared)  # otherwise it ends within one slice all the same
             await asyncio.wait({self._task}, timeout=wait_s)
             if not self._task.done():
                 self._task.cancel()  # the server is silent; what it hands out is reclaimed later
@@ -120,14 +120,15 @@ class Reader:
             if not self._task.cancelled() and self._task.exception() is None:
                 rest = self._task.result()
             self._task = None
-        await self._client.aclose()
+        await close_client(self._client)
         return rest
 
     async def _unblock(self, shared: Client) -> None:
-        if self._client_id is None or self._connector.cluster:
-            return  # it ends within one slice all the same
+        if self._client_id is None:
+            return
         try:
-            await shared.execute_command("CLIENT UNBLOCK", self._client_id)
+            at = self._connector.at(shared, self._membership.keys[self._topics[0]])
+            await shared.execute_command("CLIENT UNBLOCK", self._client_id, **at)
         except (failures.RedisError, OSError) as error:
             _log.debug("Blocked read was not ended early (error=%s)", reason_of(error))
 
@@ -150,9 +151,10 @@ class Reader:
 
     async def _read_once(self, count: int, block_ms: int) -> list[Delivery]:
         while self._backlog:
-            if self._client_id is None and not self._connector.cluster:
-                self._client_id = int(await self._client.execute_command("CLIENT ID"))
             found = await self._read_backlog(count)
+            if self._client_id is None:
+                at = self._connector.at(self._client, self._membership.keys[self._topics[0]])
+                self._client_id = int(await self._client.execute_command("CLIENT ID", **at))
             if found:
                 return found
         block = ("BLOCK", block_ms) if block_ms > 0 else ()
@@ -233,7 +235,9 @@ class Reader:
             )
         self._backlog = dict.fromkeys(self._topics, "0")
         self._client_id = None
-        await disconnect(self._client)
+        await close_client(self._client)
+        # A new client asks anew where the server is: behind Sentinel it may be another one now.
+        self._client = self._connector.dedicated(BLOCK_MS_MAX)
 
     def _where(self) -> str:
         return (
