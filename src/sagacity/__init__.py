@@ -14,10 +14,12 @@ from sagacity.core.errors import (
 from sagacity.core.messages import Command, CommandDone, CommandFailed, Event
 from sagacity.core.plan import Retry
 from sagacity.core.saga import Saga, State, defer, ignore, on, on_done, on_failure, on_timeout
+from sagacity.listeners import Announces, Listeners, listening
 from sagacity.recording import Mode, Origin, RecordsEvents, external_effects, originating
 from sagacity.service import Context, Service, handles, subscribes
 
 __all__ = [
+    "Announces",
     "Command",
     "CommandDone",
     "CommandFailed",
@@ -25,6 +27,7 @@ __all__ = [
     "Context",
     "DefinitionError",
     "Event",
+    "Listeners",
     "Mode",
     "NotRecordable",
     "Origin",
@@ -39,6 +42,7 @@ __all__ = [
     "external_effects",
     "handles",
     "ignore",
+    "listening",
     "on",
     "on_done",
     "on_failure",

@@ -29,7 +29,7 @@ from sagacity.core.messages import Command, Event, Message, encode_message, mess
 from sagacity.core.plan import OutboxRow, Retry, TransitionRow
 from sagacity.core.saga import Saga
 from sagacity.ports import Bus, DeadLetter, PendingRow, Subscription
-from sagacity.recording import current_origin
+from sagacity.recording import current_origin, recording_time
 from sagacity.service import Service
 from sagacity.testing.clock import VirtualClock
 from sagacity.worker.cycle import Cycle, due_inputs
@@ -130,6 +130,7 @@ class Inline:
 
     async def __aenter__(self) -> Self:
         await self._stack.__aenter__()
+        self._stack.enter_context(recording_time(self.clock.now))
         await self.store.prepare(create=True)
         for service in self.services:
             state = None

@@ -99,7 +99,7 @@ class Worker:
             lambda: self.cycle.published_to,
             margin_us=2 * max(settings.batch_deadline_ms * 1000, 30_000_000),
             retention_us=settings.retention.outbox_us,
-            republished=lambda rows: self.relay.notify(),
+            republished=self._republished,
             observer=observer,
         )
         self.participants = Participants(
@@ -354,6 +354,10 @@ class Worker:
 
     async def _publish_of_participants(self, pending: Sequence[PendingRow]) -> None:
         await self.cycle.publish(pending)
+
+    def _republished(self, rows: int) -> None:
+        if rows:
+            self.relay.notify()
 
     async def _pause(self, seconds: float) -> None:
         """Waits, unless the worker is to stop."""

@@ -12,7 +12,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sqlalchemy import (
     ARRAY,
@@ -48,6 +48,12 @@ from sagacity.core.errors import ConfigurationError
 
 Row = tuple[Any, ...]
 """Values of one row in the order of the columns it is for."""
+
+if TYPE_CHECKING:
+    Query = Select[*tuple[Any, ...]]
+    """A statement that reads rows of whatever columns."""
+else:
+    Query = Select  # SQLAlchemy 2.0 has another type parameter
 
 
 class Given:
@@ -130,8 +136,8 @@ class Dialect(ABC):
         return connection.execute(statement, given.arguments(rows)).rowcount
 
     def locked(
-        self, statement: Select[Any], of: Table, *, wait: bool = True, weak: bool = False
-    ) -> Select[Any]:
+        self, statement: Query, of: Table, *, wait: bool = True, weak: bool = False
+    ) -> Query:
         """`statement` with its rows of one table locked; without `wait` held rows are left out.
 
         A `weak` lock is enough for changes that leave the key alone.
@@ -215,8 +221,8 @@ class PostgresqlDialect(Dialect):
         return connection.execute(statement, given.arguments(rows)).rowcount
 
     def locked(
-        self, statement: Select[Any], of: Table, *, wait: bool = True, weak: bool = False
-    ) -> Select[Any]:
+        self, statement: Query, of: Table, *, wait: bool = True, weak: bool = False
+    ) -> Query:
         """``FOR UPDATE`` or, weak, ``FOR NO KEY UPDATE``."""
         return statement.with_for_update(of=of, skip_locked=not wait, key_share=weak)
 
@@ -392,7 +398,7 @@ def _postgresql_update(
 
 
 def read(
-    connection: Connection, statement: Select[Any], arguments: Mapping[str, Any] | None = None
+    connection: Connection, statement: Query, arguments: Mapping[str, Any] | None = None
 ) -> Sequence[Any]:
     """All rows of a statement."""
     return connection.execute(statement, arguments or {}).all()

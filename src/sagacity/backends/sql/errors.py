@@ -86,6 +86,8 @@ def translated(error: Exception, what: str) -> Exception:
     state = _sqlstate(error)
     if state is not None:  # asyncpg raises its own errors while it connects
         return _from_state(state, what, error)
+    if _of_driver(error):
+        return Unavailable(f"{what}: the connection is broken: {_line(error)}")
     if isinstance(error, SQLAlchemyError):
         return StoreError(f"{what}: {_line(error)}")
     return error
@@ -96,7 +98,7 @@ def lost_to_others(error: Exception) -> bool:
 
     For errors of the user's own statements: a constraint of the user's is not one of these.
     """
-    if isinstance(error, OSError | PoolTimeout):
+    if isinstance(error, OSError | PoolTimeout) or _of_driver(error):
         return True
     if not isinstance(error, DBAPIError):
         return False
@@ -122,6 +124,11 @@ def _from_driver(error: DBAPIError, what: str) -> StoreError:
     if name in {"DataError", "ProgrammingError"} or isinstance(driver, ValueError | TypeError):
         return DataRefused(f"{what}: the driver refuses a value: {_line(driver)}")
     return Unavailable(f"{what}: the database cannot be reached: {_line(driver)}")
+
+
+def _of_driver(error: BaseException) -> bool:
+    """True for an error about the state of a connection that SQLAlchemy did not wrap."""
+    return type(error).__module__.partition(".")[0] in {"asyncpg", "psycopg"}
 
 
 def _sqlstate(error: BaseException | None) -> str | None:

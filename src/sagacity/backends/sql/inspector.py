@@ -8,7 +8,6 @@ from typing import Any
 
 from sqlalchemy import (
     Connection,
-    Select,
     Update,
     and_,
     bindparam,
@@ -20,7 +19,7 @@ from sqlalchemy import (
     update,
 )
 
-from sagacity.backends.sql.dialects import Dialect, Given, dialect_of, read
+from sagacity.backends.sql.dialects import Dialect, Given, Query, dialect_of, read
 from sagacity.backends.sql.rows import (
     PARKED_COLUMNS,
     dead_letter_of,
@@ -179,7 +178,7 @@ def _parked_again(letter: DeadLetter, now: int) -> ParkedRow:
 
 
 @cache
-def _replayable(dialect: Dialect) -> tuple[Select[Any], Given]:
+def _replayable(dialect: Dialect) -> tuple[Query, Given]:
     given = dialect.given(dead_letter.c.id)
     statement = (
         select(*dead_letter.c)

@@ -10,10 +10,10 @@ from collections.abc import Collection, Sequence
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, Delete, Select, delete, func, insert, literal, select, union_all
+from sqlalchemy import Connection, Delete, delete, func, insert, literal, select, union_all
 from sqlalchemy.dialects import postgresql
 
-from sagacity.backends.sql.dialects import POSTGRESQL, Dialect, Given, dialect_of, read
+from sagacity.backends.sql.dialects import POSTGRESQL, Dialect, Given, Query, dialect_of, read
 from sagacity.backends.sql.rows import OUTBOX_COLUMNS, outbox_row, pending_of
 from sagacity.backends.sql.tables import outbox, outbox_pending
 from sagacity.core.plan import OutboxRow
@@ -45,7 +45,7 @@ def append_rows(connection: Connection, rows: Sequence[OutboxRow], now: int) -> 
 
 
 @cache
-def _postgresql_append() -> tuple[Select[Any], Given]:
+def _postgresql_append() -> tuple[Query, Given]:
     given = POSTGRESQL.given(*(outbox.c[name] for name in OUTBOX_COLUMNS))
     ordered = select(*(given.c[name] for name in OUTBOX_COLUMNS)).order_by(given.c.place)
     fresh = (
@@ -119,7 +119,7 @@ def prefix(
 
 
 @cache
-def _of_lanes(dialect: Dialect) -> tuple[Select[Any], Given]:
+def _of_lanes(dialect: Dialect) -> tuple[Query, Given]:
     given = dialect.given(outbox_pending.c.lane)
     statement = select(*_ROW).select_from(_JOINED).where(given.holds(outbox_pending.c.lane))
     return statement, given

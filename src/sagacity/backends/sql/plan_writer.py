@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import cache
-from typing import Any
 
-from sqlalchemy import Connection, Select, Update, bindparam, or_, select, update
+from sqlalchemy import Connection, Update, bindparam, or_, select, update
 
 from sagacity.backends.sql import outbox
-from sagacity.backends.sql.dialects import Dialect, Given, Row, dialect_of, read
+from sagacity.backends.sql.dialects import Dialect, Given, Query, Row, dialect_of, read
 from sagacity.backends.sql.rows import (
     CORRELATION_COLUMNS,
     DEAD_LETTER_COLUMNS,
@@ -120,7 +119,7 @@ def _check_owners(connection: Connection, rows: Collection[CorrelationRow]) -> N
 
 
 @cache
-def _owners(dialect: Dialect) -> tuple[Select[Any], Given]:
+def _owners(dialect: Dialect) -> tuple[Query, Given]:
     key = (correlation.c.saga_type, correlation.c.name, correlation.c.value)
     given = dialect.given(*key)
     statement = select(*key, correlation.c.saga_key).where(

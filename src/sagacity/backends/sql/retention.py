@@ -7,7 +7,6 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     Connection,
-    Select,
     Table,
     bindparam,
     delete,
@@ -16,7 +15,7 @@ from sqlalchemy import (
     tuple_,
 )
 
-from sagacity.backends.sql.dialects import Dialect, dialect_of
+from sagacity.backends.sql.dialects import Dialect, Query, dialect_of
 from sagacity.backends.sql.tables import (
     correlation,
     correlation_past,
@@ -69,14 +68,14 @@ def clean(connection: Connection, retention: Retention, now: int, limit: int) ->
     return gone
 
 
-def _delete_chosen(dialect: Dialect, table: Table, chosen: Select[Any]) -> Any:
+def _delete_chosen(dialect: Dialect, table: Table, chosen: Query) -> Any:
     # Two janitors, or a janitor and a worker, do not wait for each other.
     free = dialect.locked(chosen, table, wait=False)
     return delete(table).where(_key(table).in_(free))
 
 
 def _key(table: Table) -> ColumnElement[Any]:
-    columns = tuple(table.primary_key.columns)
+    columns = list(table.primary_key.columns)
     return tuple_(*columns) if len(columns) > 1 else columns[0]
 
 

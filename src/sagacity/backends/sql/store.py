@@ -7,12 +7,12 @@ from functools import cache
 from types import TracebackType
 from typing import Any
 
-from sqlalchemy import URL, Connection, Select, Table, bindparam, func, select
+from sqlalchemy import URL, Connection, Table, bindparam, func, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sagacity.backends.sql import inspector, marks, migrations, outbox, retention, tasks
 from sagacity.backends.sql.database import Database, OpenTransaction, configure, open_engine
-from sagacity.backends.sql.dialects import Dialect, Given, dialect_of, read
+from sagacity.backends.sql.dialects import Dialect, Given, Query, dialect_of, read
 from sagacity.backends.sql.rows import due_timeout_of, parked_of
 from sagacity.backends.sql.tables import IS_OF_SAGA, parked, timeout
 from sagacity.backends.sql.transaction import SqlTransaction
@@ -297,7 +297,7 @@ def _due_of(
 
 
 @cache
-def _due_rows(dialect: Dialect, table: Table) -> tuple[Select[Any], Given]:
+def _due_rows(dialect: Dialect, table: Table) -> tuple[Query, Given]:
     given = dialect.given(table.c.saga_type)
     statement = (
         select(*table.c)
@@ -309,7 +309,7 @@ def _due_rows(dialect: Dialect, table: Table) -> tuple[Select[Any], Given]:
 
 
 @cache
-def _next_due(dialect: Dialect, table: Table) -> tuple[Select[Any], Given]:
+def _next_due(dialect: Dialect, table: Table) -> tuple[Query, Given]:
     given = dialect.given(table.c.saga_type)
     statement = select(func.min(table.c.due_at)).where(
         table.c.due_at > bindparam("now"), given.holds(table.c.saga_type)

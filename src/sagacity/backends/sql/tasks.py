@@ -15,7 +15,6 @@ from uuid import uuid4
 from sqlalchemy import (
     ColumnElement,
     Connection,
-    Select,
     Update,
     and_,
     bindparam,
@@ -29,7 +28,7 @@ from sqlalchemy import (
 )
 
 from sagacity.backends.sql import outbox
-from sagacity.backends.sql.dialects import Dialect, Given, dialect_of, read
+from sagacity.backends.sql.dialects import Dialect, Given, Query, dialect_of, read
 from sagacity.backends.sql.plan_writer import write_records
 from sagacity.backends.sql.rows import lenient, parked_of
 from sagacity.backends.sql.tables import IS_WORK, lane, parked, tombstone
@@ -110,7 +109,7 @@ def candidates(
 
 
 @cache
-def _candidates() -> Select[Any]:
+def _candidates() -> Query:
     return (
         select(*_KEY, parked.c.lane)
         .where(parked.c.consumer == bindparam("consumer"), _ready())
@@ -174,7 +173,7 @@ def _lock_free_lanes(connection: Connection, lanes: list[tuple[bytes]], now: int
 
 
 @cache
-def _free_lanes(dialect: Dialect) -> tuple[Select[Any], Given]:
+def _free_lanes(dialect: Dialect) -> tuple[Query, Given]:
     given = dialect.given(lane.c.lane)
     statement = (
         select(lane.c.lane)
@@ -185,7 +184,7 @@ def _free_lanes(dialect: Dialect) -> tuple[Select[Any], Given]:
 
 
 @cache
-def _still_ready(dialect: Dialect) -> tuple[Select[Any], Given]:
+def _still_ready(dialect: Dialect) -> tuple[Query, Given]:
     given = dialect.given(*_KEY)
     statement = select(*parked.c).where(given.holds(*_KEY), _ready()).order_by(*_KEY)
     return dialect.locked(statement, parked, wait=False), given
@@ -210,7 +209,7 @@ def _tombstones(connection: Connection, ids: Collection[bytes]) -> set[bytes]:
 
 
 @cache
-def _buried(dialect: Dialect) -> tuple[Select[Any], Given]:
+def _buried(dialect: Dialect) -> tuple[Query, Given]:
     given = dialect.given(tombstone.c.command_id)
     return select(tombstone.c.command_id).where(given.holds(tombstone.c.command_id)), given
 
@@ -254,7 +253,7 @@ def _lock_lanes(connection: Connection, tasks: Iterable[Task]) -> dict[bytes, in
 
 
 @cache
-def _all_lanes(dialect: Dialect) -> tuple[Select[Any], Given]:
+def _all_lanes(dialect: Dialect) -> tuple[Query, Given]:
     given = dialect.given(lane.c.lane)
     statement = (
         select(lane.c.lane, lane.c.next_sequence)
@@ -275,7 +274,7 @@ def _lock_held(connection: Connection, tasks: Iterable[Task]) -> set[Key]:
 
 
 @cache
-def _held(dialect: Dialect) -> tuple[Select[Any], Given]:
+def _held(dialect: Dialect) -> tuple[Query, Given]:
     given = dialect.given(*_KEY, parked.c.token)
     statement = select(*_KEY).where(given.holds(*_KEY, parked.c.token)).order_by(*_KEY)
     return dialect.locked(statement, parked), given
@@ -357,7 +356,7 @@ def next_due(connection: Connection, consumers: Collection[str], now: int) -> in
 
 
 @cache
-def _next_due(dialect: Dialect) -> tuple[Select[Any], Given]:
+def _next_due(dialect: Dialect) -> tuple[Query, Given]:
     given = dialect.given(parked.c.consumer)
     statement = select(func.min(parked.c.due_at)).where(
         IS_WORK, given.holds(parked.c.consumer), parked.c.due_at > bindparam("now")

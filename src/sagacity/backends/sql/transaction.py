@@ -6,11 +6,18 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, Select, select
+from sqlalchemy import Connection, select
 from sqlalchemy.exc import DBAPIError
 
 from sagacity.backends.sql.database import OpenTransaction
-from sagacity.backends.sql.dialects import Dialect, Given, dialect_of, read, savepoint_timeout
+from sagacity.backends.sql.dialects import (
+    Dialect,
+    Given,
+    Query,
+    dialect_of,
+    read,
+    savepoint_timeout,
+)
 from sagacity.backends.sql.errors import translated
 from sagacity.backends.sql.plan_writer import write_plan
 from sagacity.backends.sql.rows import instance_of
@@ -98,14 +105,14 @@ def _correlated(
 
 
 @cache
-def _correlated_statement(dialect: Dialect) -> tuple[Select[Any], Given]:
+def _correlated_statement(dialect: Dialect) -> tuple[Query, Given]:
     key = (correlation.c.saga_type, correlation.c.name, correlation.c.value)
     given = dialect.given(*key)
     return select(*key, correlation.c.saga_key).where(given.holds(*key)), given
 
 
 @cache
-def _past_statement(dialect: Dialect) -> tuple[Select[Any], Given]:
+def _past_statement(dialect: Dialect) -> tuple[Query, Given]:
     key = (correlation_past.c.saga_type, correlation_past.c.name, correlation_past.c.value)
     given = dialect.given(*key)
     return select(*key).where(given.holds(*key)), given
@@ -140,21 +147,21 @@ def _encoded(pairs: Pairs) -> list[tuple[bytes, bytes]]:
 
 
 @cache
-def _seen(dialect: Dialect) -> tuple[Select[Any], Given]:
+def _seen(dialect: Dialect) -> tuple[Query, Given]:
     key = (inbox.c.consumer, inbox.c.message_id)
     given = dialect.given(*key)
     return select(*key).where(given.holds(*key)), given
 
 
 @cache
-def _armed(dialect: Dialect) -> tuple[Select[Any], Given]:
+def _armed(dialect: Dialect) -> tuple[Query, Given]:
     key = (timeout.c.uid, timeout.c.name, timeout.c.generation)
     given = dialect.given(*key)
     return select(*key).where(given.holds(*key)), given
 
 
 @cache
-def _still_parked(dialect: Dialect) -> tuple[Select[Any], Given]:
+def _still_parked(dialect: Dialect) -> tuple[Query, Given]:
     key = (parked.c.consumer, parked.c.message_id)
     given = dialect.given(*key)
     return select(*key).where(given.holds(*key)), given
@@ -171,10 +178,8 @@ def _load(connection: Connection, pairs: list[tuple[str, bytes]], *, wait: bool)
     if rows is None:
         statement, given = _load_statement(dialect, False)
         rows = read(connection, statement, given.arguments(pairs))
-    instances = {}
-    for row in rows:
-        instance = instance_of(row)
-        instances[instance.type, instance.key] = instance
+    loaded = [instance_of(row) for row in rows]
+    instances = {(instance.type, instance.key): instance for instance in loaded}
     missing = [pair for pair in pairs if (pair[0], pair[1].decode()) not in instances]
     busy: set[tuple[str, str]] = set()
     if missing and not dialect.waits_for_writers:
@@ -203,7 +208,7 @@ def _locked_waiting(connection: Connection, pairs: list[tuple[str, bytes]]) -> A
 
 
 @cache
-def _load_statement(dialect: Dialect, wait: bool) -> tuple[Select[Any], Given]:
+def _load_statement(dialect: Dialect, wait: bool) -> tuple[Query, Given]:
     key = (saga.c.saga_type, saga.c.saga_key)
     given = dialect.given(*key)
     statement = select(*saga.c).where(given.holds(*key)).order_by(*key)
@@ -211,7 +216,7 @@ def _load_statement(dialect: Dialect, wait: bool) -> tuple[Select[Any], Given]:
 
 
 @cache
-def _exists(dialect: Dialect) -> tuple[Select[Any], Given]:
+def _exists(dialect: Dialect) -> tuple[Query, Given]:
     key = (saga.c.saga_type, saga.c.saga_key)
     given = dialect.given(*key)
     return select(*key).where(given.holds(*key)), given

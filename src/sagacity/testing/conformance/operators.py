@@ -11,7 +11,7 @@ import pytest
 
 from sagacity.core.errors import ConfigurationError
 from sagacity.core.instance import Status
-from sagacity.ports import Retention
+from sagacity.ports import Retention, SagaRow
 from sagacity.testing.conformance.stores import (
     SECOND,
     StoreDatabase,
@@ -85,7 +85,8 @@ class OperatorSuite:
             )
             whole = await w.first.sagas(limit=100)
             assert len(whole) == 23
-            paged, after = [], ""
+            paged: list[SagaRow] = []
+            after = ""
             while page := await w.first.sagas(limit=4, after=after):
                 paged += page
                 after = page[-1].cursor

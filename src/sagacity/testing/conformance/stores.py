@@ -162,7 +162,8 @@ async def workers(database: StoreDatabase) -> AsyncGenerator[Workers]:
 
 def envelope(id_: str = "m1", **fields: Any) -> Envelope:
     """A small message."""
-    return Envelope(**{"id": id_, "type": "shop.Happened", "topic": "orders", **fields})
+    values: dict[str, Any] = {"id": id_, "type": "shop.Happened", "topic": "orders"}
+    return Envelope(**{**values, **fields})
 
 
 def instance(key: str = "o1", **fields: Any) -> Instance:
@@ -208,8 +209,14 @@ def timeout(name: str = "late", *, key: str = "o1", **fields: Any) -> TimeoutRow
 
 def correlation(value: str, key: str = "o1", **fields: Any) -> CorrelationRow:
     """A further key."""
-    values: dict[str, Any] = {"saga_type": "Order", "name": "user", "unique": False}
-    return CorrelationRow(**{**values, "value": value, "saga_key": key, **fields})
+    values: dict[str, Any] = {
+        "saga_type": "Order",
+        "name": "user",
+        "value": value,
+        "saga_key": key,
+        "unique": False,
+    }
+    return CorrelationRow(**{**values, **fields})
 
 
 def parked(message_id: str = "m1", **fields: Any) -> ParkedRow:

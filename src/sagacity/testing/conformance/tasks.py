@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import anyio
+import msgspec
 import pytest
 
 from sagacity.core.errors import ConfigurationError, Conflict
@@ -81,8 +82,7 @@ class Participants:
 
 
 def _parked_at(row: ParkedRow, now: int) -> ParkedRow:
-    values = {name: getattr(row, name) for name in row.__struct_fields__}
-    return ParkedRow(**{**values, "parked_at": now})
+    return msgspec.structs.replace(row, parked_at=now)
 
 
 class TaskSuite:

@@ -291,8 +291,10 @@ class TransactionSuite:
     async def test_a_refused_plan_leaves_nothing_behind(self, database: StoreDatabase) -> None:
         async with workers(database) as w:
             await w.write(inbox=[inbox("m0")])
+            lists = everything()
+            lists["inbox"] = [inbox("m1"), inbox("m0")]
             with pytest.raises(Conflict):
-                await w.write(**{**everything(), "inbox": [inbox("m1"), inbox("m0")]})
+                await w.write(**lists)
             assert await w.is_untouched()
             assert await w.load("o1") == {}
             assert (await w.known(inbox=[("Order", "m1")])).seen == set()
