@@ -328,10 +328,14 @@ class _Sorted:
         self.faults: list[tuple[Delivery, str, str]] = []
         self.origin: list[int] = []
         self.index_of: dict[int, int] = {}
+        rows: set[tuple[str, str]] = set()
         for index, one in enumerate(inputs):
             if isinstance(one, DueTimeout):
                 self.numbered_timeouts.append((index, one))
             elif isinstance(one, ParkedRow):
+                if (one.consumer, one.message_id) in rows:
+                    continue  # one that was busy, and was found due once more
+                rows.add((one.consumer, one.message_id))
                 self.parked.append(one)
                 self._route(catalog, index, one.envelope, one)
             else:

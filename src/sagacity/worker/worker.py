@@ -122,6 +122,8 @@ class Worker:
         self._clock_wake = anyio.Event()
         self._joined = False
         self._progress_at = time.monotonic()
+        self._reclaim_at = 0.0
+        self._bytes_per_message = 1024.0
         self._counts: dict[str, int] = {}
 
     # ------------------------------------------------------------------------------------- control
@@ -219,25 +221,12 @@ class Worker:
     async def _read_until_stopped(self) -> None:
         subscription = self._subscription
         assert subscription is not None
-        settings = self.settings
         busy: list[Input] = []
         rounds = 0
-        reclaim_at = 0.0
         while not self._stopping.is_set():
             due, self._due = self._due, []
             inputs = [*busy, *due]
-            try:
-                wait_ms = 0 if inputs else settings.read_block_ms
-                room = max(1, settings.batch_max - len(inputs))
-                fresh = await subscription.read(room, wait_ms)
-                if time.monotonic() >= reclaim_at:
-                    fresh += await subscription.reclaim(settings.reclaim_idle_ms, room)
-                    reclaim_at = time.monotonic() + random.uniform(0.5, 1.0) * (
-                        settings.reclaim_interval_ms / 1000
-                    )
-            except BusUnavailable as error:
-                await self._wait_out("Bus cannot be reached", error)
-                fresh = []
+            fresh = await self._read(subscription, taken=len(inputs))
             self._progress_at = time.monotonic()
             if busy and not fresh:
                 await anyio.sleep(random.uniform(0.003, 0.010))
@@ -260,6 +249,31 @@ class Worker:
             if due:
                 self._due_settled.set()
 
+    async def _read(self, subscription: Subscription, *, taken: int) -> list[Delivery]:
+        """New entries, as many as one batch and the memory for messages in flight can hold."""
+        settings = self.settings
+        room = min(
+            settings.batch_max - taken, int(settings.in_flight_bytes_max / self._bytes_per_message)
+        )
+        room = max(room, 1)
+        try:
+            fresh = await subscription.read(room, 0 if taken else settings.read_block_ms)
+            if settings.batch_wait_ms and 0 < len(fresh) < room:
+                await self._pause(settings.batch_wait_ms / 1000)
+                fresh += await subscription.read(room - len(fresh), 0)
+            if time.monotonic() >= self._reclaim_at:
+                fresh += await subscription.reclaim(settings.reclaim_idle_ms, room)
+                pause_s = settings.reclaim_interval_ms / 1000
+                self._reclaim_at = time.monotonic() + pause_s * random.uniform(0.5, 1.0)
+        except BusUnavailable as error:
+            await self._wait_out("Bus cannot be reached", error)
+            return []
+        for delivery in fresh:
+            size = len(delivery.envelope.body) if delivery.envelope else len(delivery.raw)
+            # Rises at once and falls slowly: large messages come in droves.
+            self._bytes_per_message = max(size, 0.99 * self._bytes_per_message, 1.0)
+        return fresh
+
     async def _settle(self, inputs: list[Input], *, wait: bool = False) -> list[Input]:
         """Commits a batch, whatever it takes; returns what another worker holds.
 
@@ -271,6 +285,7 @@ class Worker:
             try:
                 return await self._settle_shielded(inputs, wait=wait)
             except StoreError as error:
+                self._progress_at = time.monotonic()  # it lives, its store does not
                 if self._stopping.is_set():
                     log.warning("Batch is left to another worker", extra={"inputs": len(inputs)})
                     return []
@@ -286,11 +301,19 @@ class Worker:
     async def _settle_shielded(self, inputs: list[Input], *, wait: bool) -> list[Input]:
         # A cancelled commit says nothing about its outcome (protocol.md M2).
         busy: list[Input] = []
+        began = time.monotonic()
         with anyio.CancelScope(shield=True):
             settled = await self.cycle.settle(inputs, wait=wait)
             await self._after(settled)
             busy = settled.busy
-        return busy  # noqa: RET504 - to a type checker the scope might swallow an exception
+        took_ms = (time.monotonic() - began) * 1000
+        if took_ms > self.settings.batch_deadline_ms:
+            # Beyond three times this long other workers take the messages over.
+            log.warning(
+                "Batch took longer than its deadline",
+                extra={"inputs": len(inputs), "took_ms": round(took_ms)},
+            )
+        return busy
 
     async def _after(self, settled: Settled) -> None:
         for outcome, count in settled.outcomes.items():
