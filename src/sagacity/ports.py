@@ -496,7 +496,7 @@ class MarkStore(Protocol):
         """The marks of a topic, newest first."""
         ...
 
-    async def record(self, marks: Sequence[Mark], /, dropped: Sequence[Mark] = ()) -> None:
+    async def record(self, fresh: Sequence[Mark], dropped: Sequence[Mark] = ()) -> None:
         """Adds marks and forgets others; one of a known topic and time replaces it."""
         ...
 
