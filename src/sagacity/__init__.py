@@ -12,7 +12,7 @@ from sagacity.core.errors import (
     SagacityError,
 )
 from sagacity.core.messages import Command, CommandDone, CommandFailed, Event
-from sagacity.core.plan import Retry
+from sagacity.core.routing import Retry
 from sagacity.core.saga import Saga, State, defer, ignore, on, on_done, on_failure, on_timeout
 from sagacity.listeners import Announces, Listeners, listening
 from sagacity.recording import Mode, Origin, RecordsEvents, external_effects, originating

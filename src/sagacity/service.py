@@ -30,7 +30,8 @@ from sagacity.core.messages import (
     encode_message,
     message_type,
 )
-from sagacity.core.plan import Catalog, OutboxRow, ParkedRow, Retry
+from sagacity.core.plan import OutboxRow, ParkedRow
+from sagacity.core.routing import Catalog, Retry
 from sagacity.core.saga import Saga, key_text
 from sagacity.recording import Mode, Origin, Subscriber, current_origin, recorded
 

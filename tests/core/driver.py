@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from sagacity.core.batch import plan_batch
 from sagacity.core.decide import Cancel, Limits, RetryUndo, Sender, WaiveUndo, decode_framework
 from sagacity.core.definition import Definition
 from sagacity.core.delivery import Envelope
@@ -25,7 +26,6 @@ from sagacity.core.messages import (
 )
 from sagacity.core.plan import (
     Arrival,
-    Catalog,
     CorrelationRow,
     DeadLetterRow,
     InboxRow,
@@ -34,13 +34,15 @@ from sagacity.core.plan import (
     Outcome,
     ParkedRow,
     Plan,
-    Retry,
-    Routed,
     Source,
     TimeoutRow,
     TransitionRow,
+)
+from sagacity.core.routing import (
+    Catalog,
+    Retry,
+    Routed,
     arrivals_of,
-    plan_batch,
     route,
     timeout_arrival,
 )

@@ -8,10 +8,12 @@ from datetime import timedelta
 import msgspec
 import pytest
 
+from sagacity.core.batch import plan_batch
 from sagacity.core.decide import Cancel, Limits
 from sagacity.core.instance import Status
 from sagacity.core.messages import Event
-from sagacity.core.plan import Known, Loaded, Outcome, Retry, plan_batch
+from sagacity.core.plan import Known, Loaded, Outcome
+from sagacity.core.routing import Retry
 from sagacity.core.saga import Missing, Saga, State, on, on_timeout
 from tests.core.driver import SECOND, START, Numbered, World, envelope_of, failed, reply_to
 from tests.core.sagas import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sagacity import Command, Event, Saga, Service, State, handles, on
-from sagacity.core.plan import route
+from sagacity.core.routing import route
 from sagacity.testing import Inline
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from sagacity.core.decide import Limits
 from sagacity.core.errors import ConfigurationError
-from sagacity.core.plan import Retry
+from sagacity.core.routing import Retry
 from sagacity.worker.config import Settings, fields, unknown_variables
 
 DAY_US = 86_400_000_000

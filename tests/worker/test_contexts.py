@@ -29,7 +29,7 @@ def _shut_out(server: PostgresServer, role: str) -> None:
     with psycopg.connect(server.url, autocommit=True) as connection:
         connection.execute(f"ALTER ROLE {role} NOLOGIN".encode())
         connection.execute(
-            b"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s",  # type: ignore[arg-type]
+            b"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s",
             [role],
         )
 

@@ -26,7 +26,8 @@ from sagacity.core.decide import Sender
 from sagacity.core.delivery import Envelope
 from sagacity.core.instance import Instance
 from sagacity.core.messages import Command, Event, Message, encode_message, message_type
-from sagacity.core.plan import OutboxRow, Retry, TransitionRow
+from sagacity.core.plan import OutboxRow, TransitionRow
+from sagacity.core.routing import Retry
 from sagacity.core.saga import Saga
 from sagacity.ports import Bus, DeadLetter, PendingRow, Subscription
 from sagacity.recording import current_origin, recording_time

@@ -18,7 +18,7 @@ from msgspec import Meta, inspect
 
 from sagacity.core.decide import Limits
 from sagacity.core.errors import ConfigurationError
-from sagacity.core.plan import Retry
+from sagacity.core.routing import Retry
 from sagacity.ports import Retention
 from sagacity.worker.redaction import redacted
 

@@ -14,20 +14,22 @@ import anyio
 import msgspec
 
 from sagacity.codec import encode_envelope
+from sagacity.core.batch import plan_batch
 from sagacity.core.delivery import Delivery, Envelope, derived_id
 from sagacity.core.errors import BusError, Conflict, DataRefused, DecodeError, KeyTaken
 from sagacity.core.plan import (
     Arrival,
-    Catalog,
     DeadLetterRow,
     InboxRow,
     Outcome,
     ParkedRow,
     Plan,
-    Routed,
     Source,
+)
+from sagacity.core.routing import (
+    Catalog,
+    Routed,
     arrivals_of,
-    plan_batch,
     route,
     timeout_arrival,
 )

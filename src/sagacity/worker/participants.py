@@ -19,7 +19,8 @@ import anyio.abc
 from sagacity.codec import encode_envelope
 from sagacity.core.errors import Conflict, DataRefused, DecodeError, Refused, Unavailable
 from sagacity.core.messages import Event, encode_message
-from sagacity.core.plan import DeadLetterRow, OutboxRow, Retry
+from sagacity.core.plan import DeadLetterRow, OutboxRow
+from sagacity.core.routing import Retry
 from sagacity.ports import Clock, Finish, Observer, PendingRow, Task, TaskStore, Work
 from sagacity.recording import originating
 from sagacity.service import Context, Participant, Service, failure, follow_ups, replies

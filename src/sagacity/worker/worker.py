@@ -27,7 +27,7 @@ import msgspec
 from sagacity.core.decide import Sender
 from sagacity.core.delivery import Delivery
 from sagacity.core.errors import BusError, BusUnavailable, StoreError, Unavailable
-from sagacity.core.plan import Retry
+from sagacity.core.routing import Retry
 from sagacity.ports import Due, Observer, PendingRow, Subscription
 from sagacity.service import Service
 from sagacity.worker.config import Settings

@@ -22,7 +22,13 @@ from sagacity.backends.memory.tables import Key, Rows, Tables
 from sagacity.backends.memory.writing import check_plan, write_plan
 from sagacity.core.errors import ConfigurationError, Conflict, StoreError
 from sagacity.core.instance import Instance
-from sagacity.core.plan import Known, Loaded, OutboxRow, Plan, TransitionRow
+from sagacity.core.plan import (
+    Known,
+    Loaded,
+    OutboxRow,
+    Plan,
+    TransitionRow,
+)
 from sagacity.ports import (
     Clock,
     DeadLetter,

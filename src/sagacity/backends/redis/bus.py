@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from types import TracebackType
@@ -19,8 +18,6 @@ from sagacity.backends.redis.trimming import forget_consumers, trim
 from sagacity.codec import to_fields
 from sagacity.core.delivery import Envelope
 from sagacity.core.errors import BusError
-
-_log = logging.getLogger(__name__)
 
 _FRAME_BYTES = 64 * 1024
 """What an entry may hold beside its body: ids, names, trace context, foreign fields."""

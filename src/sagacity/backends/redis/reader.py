@@ -124,13 +124,13 @@ class Reader:
         return rest
 
     async def _unblock(self, shared: Client) -> None:
-        if self._client_id is None:
+        if not self._client_id:
             return
         try:
             at = self._connector.at(shared, self._membership.keys[self._topics[0]])
             await shared.execute_command("CLIENT UNBLOCK", self._client_id, **at)
         except (failures.RedisError, OSError) as error:
-            _log.debug("Blocked read was not ended early (error=%s)", reason_of(error))
+            _log.debug("Blocked read was not ended early", extra={"error": reason_of(error)})
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -146,15 +146,14 @@ class Reader:
             raise self._connector.error(error, "read") from error
         if self._down:
             self._down = False
-            _log.info("Redis reader is connected again (%s)", self._where())
+            _log.info("Redis reader is connected again", extra=self._where())
         return found
 
     async def _read_once(self, count: int, block_ms: int) -> list[Delivery]:
         while self._backlog:
             found = await self._read_backlog(count)
             if self._client_id is None:
-                at = self._connector.at(self._client, self._membership.keys[self._topics[0]])
-                self._client_id = int(await self._client.execute_command("CLIENT ID", **at))
+                self._client_id = await self._own_id()
             if found:
                 return found
         block = ("BLOCK", block_ms) if block_ms > 0 else ()
@@ -169,6 +168,15 @@ class Reader:
         for key, entries in streams:
             deliveries += self._deliveries(self._membership.topics[key], entries, {})
         return deliveries
+
+    async def _own_id(self) -> int:
+        """The number of this connection, to end its blocking read with; 0 where the ACL forbids."""
+        at = self._connector.at(self._client, self._membership.keys[self._topics[0]])
+        try:
+            return int(await self._client.execute_command("CLIENT ID", **at))
+        except failures.ResponseError as error:
+            _log.debug("Blocked reads cannot be ended early", extra={"error": reason_of(error)})
+            return 0
 
     async def _read_backlog(self, count: int) -> list[Delivery]:
         """What this consumer was handed before and has not acknowledged: one page of one stream."""
@@ -219,9 +227,8 @@ class Reader:
 
     async def _rebuild(self, error: Exception) -> None:
         _log.warning(
-            "Stream or consumer group was missing, made again from the first kept message (%s, error=%s)",
-            self._where(),
-            reason_of(error),
+            "Stream or consumer group was missing, made again from the first kept message",
+            extra={**self._where(), "error": reason_of(error)},
         )
         await self._membership.found(self._client, self._topics)
         self._backlog = dict.fromkeys(self._topics, "0")
@@ -231,7 +238,8 @@ class Reader:
         if not self._down:
             self._down = True
             _log.warning(
-                "Redis reader lost its connection (%s, error=%s)", self._where(), reason_of(error)
+                "Redis reader lost its connection",
+                extra={**self._where(), "error": reason_of(error)},
             )
         self._backlog = dict.fromkeys(self._topics, "0")
         self._client_id = None
@@ -239,11 +247,13 @@ class Reader:
         # A new client asks anew where the server is: behind Sentinel it may be another one now.
         self._client = self._connector.dedicated(BLOCK_MS_MAX)
 
-    def _where(self) -> str:
-        return (
-            f"server={self._connector.name}, group={self._membership.group}, "
-            f"consumer={self._membership.consumer}, topics={','.join(self._topics)}"
-        )
+    def _where(self) -> dict[str, object]:
+        return {
+            "server": self._connector.name,
+            "group": self._membership.group,
+            "consumer": self._membership.consumer,
+            "topics": ", ".join(self._topics),
+        }
 
 
 async def hand_outs(

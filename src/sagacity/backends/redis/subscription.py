@@ -224,10 +224,12 @@ class RedisSubscription:
                     )
         if done < len(deliveries):
             _log.debug(
-                "Some entries were not pending any more (group=%s, acknowledged=%d, pending=%d)",
-                self._membership.group,
-                len(deliveries),
-                done,
+                "Some entries were not pending any more",
+                extra={
+                    "group": self._membership.group,
+                    "acknowledged": len(deliveries),
+                    "pending": done,
+                },
             )
 
     # --- leaving --------------------------------------------------------------------------------
@@ -247,7 +249,7 @@ class RedisSubscription:
                     await self._forget()
                 except (failures.RedisError, OSError) as error:
                     # Whoever reclaims takes over what is pending; the janitor forgets the consumer.
-                    _log.debug("Consumer left without a word (error=%s)", reason_of(error))
+                    _log.debug("Consumer left without a word", extra={"error": reason_of(error)})
 
     async def _hand_back(self) -> None:
         """Makes entries that nobody has worked on free to reclaim at once."""

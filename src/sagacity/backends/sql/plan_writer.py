@@ -44,7 +44,12 @@ from sagacity.backends.sql.tables import (
     transition,
 )
 from sagacity.core.errors import Conflict, KeyTaken
-from sagacity.core.plan import CorrelationRow, DeadLetterRow, Plan, TransitionRow
+from sagacity.core.plan import (
+    CorrelationRow,
+    DeadLetterRow,
+    Plan,
+    TransitionRow,
+)
 from sagacity.ports import PendingRow
 
 
