@@ -64,7 +64,7 @@ async def blocked_readers(url: str, count: int = 1) -> None:
 
 def changes(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [
-        record.getMessage().partition(" (")[0]
+        record.getMessage()
         for record in caplog.records
         if record.name.startswith("sagacity") and record.levelno >= logging.INFO
     ]
@@ -274,6 +274,32 @@ async def test_reclaim_and_ack_without_a_group_are_no_errors(redis_url: str) -> 
         await redis(redis_url, "FLUSHALL")
         assert await subscription.reclaim(0, 10) == []
         await subscription.ack(found)
+
+
+async def test_user_with_the_needed_rights_only(redis_url: str) -> None:
+    rights = (
+        *("+@connection", "-client", "+multi", "+exec", "+info", "+eval"),
+        *("+xadd", "+xreadgroup", "+xack", "+xgroup", "+xautoclaim", "+xclaim", "+xpending"),
+        *("+xrange", "+xinfo", "+xtrim", "+time", "+get", "+set"),
+    )
+    await redis(redis_url, "ACL SETUSER", "worker", "reset", "on", ">pw", "~sagacity:*", *rights)
+    try:
+        url = f"unix://worker:pw@{redis_url.removeprefix('unix://')}"
+        async with RedisBus(url) as bus, RedisBus(url, prefix="other") as elsewhere:
+            subscription = await bus.join("g", "c", ["orders"])
+            await bus.publish(messages(3))
+            await subscription.ack(await read_all(subscription, 3))
+            await reclaim_all(subscription, 0)
+            assert await bus.trim(["orders"], 0) == 0
+            assert await bus.forget_consumers("g", ["orders"], 0) == 1
+            await bus.check()
+            assert await bus.epoch("e") == "e"
+            await subscription.close()
+            with pytest.raises(BusError, match="refused to publish") as caught:
+                await elsewhere.publish(messages(1))
+            assert not isinstance(caught.value, BusUnavailable)
+    finally:
+        await redis(redis_url, "ACL DELUSER", "worker")
 
 
 async def test_trimmed_payload_under_pending_entries(redis_url: str) -> None:
