@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import httpx
 
@@ -39,6 +39,9 @@ from examples.batch_import.remotes import SYSTEMS
 from examples.batch_import.status import BatchReport, Convergence, convergence, read_report
 from sagacity.backends.sql import SqlStore
 
+_local: Final = httpx.Client(verify=False, trust_env=False, timeout=10)
+"""Loopback only; a client that loads certificates takes long to make."""
+
 
 class Worker:
     """A running `saga-worker` of one service."""
@@ -47,6 +50,7 @@ class Worker:
         self.service = service
         self.log = log
         self._port = _free_port()
+        self._asked = False
         with log.open("ab") as stderr:
             self._process = subprocess.Popen(
                 [
@@ -80,17 +84,19 @@ class Worker:
                 f"the worker of {self.service} ended with {self._process.returncode}:\n{tail}"
             )
         try:
-            return httpx.get(f"http://127.0.0.1:{self._port}/readyz", timeout=2).is_success
+            return _local.get(f"http://127.0.0.1:{self._port}/readyz", timeout=2).is_success
         except httpx.TransportError:
             return False
 
     def terminate(self) -> None:
         """Ask it to finish what has begun and to end."""
-        self._process.terminate()
+        if not self._asked:  # a second time would cut it short
+            self._asked = True
+            self._process.terminate()
 
     def stop(self, deadline: float = 20.0) -> int:
         """End it in good order, by force after `deadline` seconds; return its exit code."""
-        self._process.terminate()
+        self.terminate()
         try:
             self._process.wait(deadline)
         except subprocess.TimeoutExpired:
@@ -141,7 +147,7 @@ class Program:
         self.web: Started | None = None
         self._number = workers
         self._secret = secrets.token_hex(16)
-        self._http = httpx.Client(verify=False, timeout=10)
+        self._http = _local
 
     # ------------------------------------------------------------------------------ start and stop
 
@@ -187,7 +193,6 @@ class Program:
         traceback: TracebackType | None,
     ) -> None:
         self.stop()
-        self._http.close()
 
     async def _make_tables(self) -> None:
         for service, url in self.stores.items():
@@ -321,6 +326,10 @@ class Program:
         if not mails:
             raise LookupError(f"no mail to {to}")
         return link_in(mails[-1]["raw"])
+
+    def visit(self, link: str) -> httpx.Response:
+        """Look at the page that a confirm link leads to, as a mail scanner does."""
+        return self._http.get(link)
 
     def follow(self, link: str) -> httpx.Response:
         """Press the button on the page that a confirm link leads to."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from examples.batch_import.messages import (
@@ -80,7 +79,7 @@ def test_order_that_names_no_system_leads_to_nothing(scene: Scene) -> None:
 def test_confirming_twice_is_confirming_once(scene: Scene) -> None:
     scene.load(users=[scene.user("ada")], orders=[scene.order("o", "ada", "billing")])
     link = scene.program.link(scene.email("ada"))
-    page = httpx.get(link)
+    page = scene.program.visit(link)
     assert page.status_code == 200
     assert 'method="post"' in page.text
     assert scene.order_state("o") == "waiting", "looking at the page confirmed"
@@ -134,7 +133,7 @@ def test_changed_address_makes_the_old_token_void(scene: Scene) -> None:
 
     scene.press(old)
     scene.program.wait_until_quiet()
-    assert httpx.get(old).status_code == 410
+    assert scene.program.visit(old).status_code == 410
     assert [row["state"] for row in scene.optins("ada")] == ["superseded", "mailed"]
     (refused,) = emitted(
         scene.program, "authentication", ConfirmationRefused, user_ref=scene.ref("ada")
