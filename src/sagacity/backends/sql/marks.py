@@ -21,11 +21,10 @@ MARK_COLUMNS = ("topic", "at", "entry_id", "max_seq")
 
 def witness(connection: Connection) -> Witness:
     """The epoch, the identity, and the newest marks; see `MarkStore.witness`."""
+    # In this order: a row written in between is pending, and must not be counted as settled.
+    highest = connection.execute(select(func.coalesce(func.max(outbox.c.seq), 0))).scalar_one()
     first_pending = connection.execute(select(func.min(outbox_pending.c.seq))).scalar_one()
-    if first_pending is None:
-        settled = connection.execute(select(func.coalesce(func.max(outbox.c.seq), 0))).scalar_one()
-    else:
-        settled = first_pending - 1
+    settled = highest if first_pending is None else min(highest, first_pending - 1)
     newest = (
         select(publish_mark.c.topic, func.max(publish_mark.c.at).label("at"))
         .group_by(publish_mark.c.topic)
