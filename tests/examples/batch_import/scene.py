@@ -261,6 +261,12 @@ def assert_green(program: Program) -> None:
 
 def publish(program: Program, *messages: Message) -> None:
     """Put messages on the bus as some other service would, and wait until nothing moves any more."""
+    send(program, *messages)
+    program.wait_until_quiet(QUIET_WITHIN_S)
+
+
+def send(program: Program, *messages: Message) -> None:
+    """Put messages on the bus as some other service would."""
     envelopes: list[Envelope] = []
     for message in messages:
         facts = message_type(message)
@@ -277,12 +283,11 @@ def publish(program: Program, *messages: Message) -> None:
             )
         )
 
-    async def send() -> None:
+    async def deliver() -> None:
         bus = open_bus(program.bus, prefix=program.prefix)
         try:
             await bus.publish(envelopes)
         finally:
             await bus.close()
 
-    asyncio.run(send())
-    program.wait_until_quiet(QUIET_WITHIN_S)
+    asyncio.run(deliver())

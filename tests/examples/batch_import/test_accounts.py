@@ -18,7 +18,8 @@ from examples.batch_import.messages import (
     RequestOptIn,
 )
 from examples.batch_import.program import Program
-from tests.examples.batch_import.scene import emitted, publish, sagas
+from tests.examples.batch_import.scene import QUIET_WITHIN_S, emitted, publish, sagas, send
+from tests.waiting import eventually
 
 PROGRAM_SERVICES = ("accounts",)
 ALL = ["billing", "shipping", "loyalty"]
@@ -94,6 +95,56 @@ def test_orders_of_one_user_that_come_at_once_share_the_accounts(
     for system in ALL:
         assert entries(program, system, name) == ["create", "delete"]
     assert [state(program, order) for order in orders] == ["cancelled"] * 8
+
+
+def test_a_worker_killed_during_its_calls_makes_no_second_account(
+    program: Program, name: str
+) -> None:
+    """The next one knows that calls may be under way, waits for their end, and asks again."""
+    for system in ALL:
+        program.set_faults(system, {"action": "hold", "on": "create", "match": {"user": name}})
+    publish(program, needed(name, name, *ALL))
+    send(program, confirmed(name))
+    for system in ALL:
+        until_held(program, system)
+        assert entries(program, system, name) == ["create"]
+    restarted_after_a_kill(program)
+    eventually(lambda: state(program, name) == "ready", "the order")
+    program.wait_until_quiet(QUIET_WITHIN_S)
+    for system in ALL:
+        assert entries(program, system, name) == ["create"]
+    rows = program.rows("accounts", "remote_account", user_ref=name)
+    assert {(row["state"], row["lease"]) for row in rows} == {("active", "")}
+
+
+def test_a_worker_killed_during_its_deletes(program: Program, name: str) -> None:
+    """One delete is under way at a time: undoing goes step by step."""
+    publish(program, needed(name, name, *ALL))
+    publish(program, confirmed(name))
+    lost = {"action": "timeout", "on": "delete", "match": {"user": name}}
+    program.set_faults("loyalty", lost)
+    send(program, OrderCancelled(name))
+    until_held(program, "loyalty")
+    restarted_after_a_kill(program)
+    eventually(lambda: state(program, name) == "cancelled", "the order")
+    program.wait_until_quiet(QUIET_WITHIN_S)
+    for system in ALL:
+        assert entries(program, system, name) == ["create", "delete"]
+    rows = program.rows("accounts", "remote_account", user_ref=name)
+    assert {(row["state"], row["remote_id"]) for row in rows} == {("absent", None)}
+
+
+def until_held(program: Program, system: str) -> None:
+    eventually(
+        lambda: any(rule["waiting"] for rule in program.faults(system)), f"a request at {system}"
+    )
+
+
+def restarted_after_a_kill(program: Program) -> None:
+    program.kill("accounts")
+    for system in ALL:
+        program.set_faults(system)
+    program.restart("accounts")
 
 
 def test_the_plan_of_the_first_order_counts(program: Program, name: str) -> None:
