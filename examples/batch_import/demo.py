@@ -16,6 +16,7 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+from sqlalchemy.exc import DBAPIError
 
 from examples.batch_import.accounts.sagas import AccountSaga
 from examples.batch_import.figures import Figures, figures
@@ -38,11 +39,20 @@ from examples.batch_import.showing import (
     story_table,
     verdict_table,
 )
+from sagacity import SagacityError
 from sagacity.backends.sql import SqlStore
 from sagacity.core.diagram import mermaid
 from sagacity.core.plan import TransitionRow
 
 BATCH: Final = "demo-1"
+FAILURES: Final = (
+    StartFailed,
+    StillMoving,
+    SagacityError,
+    DBAPIError,
+    OSError,
+)
+"""What is told in a few lines, with the ends of the logs."""
 CONFIRMING: Final = 0.8
 """Share of the users who follow the link."""
 _COLOURS: Final = {
@@ -95,7 +105,7 @@ class Demo:
             except KeyboardInterrupt:
                 self._out.print(Text("\nInterrupted; every process has ended.", WAITS))
                 return 130
-            except (StartFailed, StillMoving) as error:
+            except FAILURES as error:
                 self._out.print(Text(f"\nThe demo failed: {error}", BAD))
                 self._show_logs(directory)
                 return 1
