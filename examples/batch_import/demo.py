@@ -248,6 +248,8 @@ class Demo:
                 time.sleep(0.15)
                 now = asyncio.run(figures(program.stores))
                 live.update(_panel(now, program))
+            live.update(_panel(now, program), refresh=True)
+        self._out.print()
 
     def _show_processes(self, servers: Servers) -> None:
         program = servers.program

@@ -89,13 +89,11 @@ async def until_quiet(
 def _unread(bus: str, prefix: str) -> int:
     """Entries that any group has still to read or to acknowledge."""
     count = 0
-    with redis.Redis.from_url(bus) as client:
-        scan: Any = client.scan_iter
-        for key in scan(match=f"{prefix}:*", _type="stream"):
-            stream: Any = client.xinfo_stream(key)
-            groups: Any = client.xinfo_groups(key)
-            last = stream["last-generated-id"]
-            for group in groups:
+    opened: Any = redis.Redis.from_url(bus)  # whose annotations are for asyncio too
+    with opened as client:
+        for key in client.scan_iter(match=f"{prefix}:*", _type="stream"):
+            last = client.xinfo_stream(key)["last-generated-id"]
+            for group in client.xinfo_groups(key):
                 count += group["pending"]
                 if group["last-delivered-id"] != last:
                     count += 1

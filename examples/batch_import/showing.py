@@ -89,7 +89,9 @@ def convergence_table(found: Convergence) -> RenderableType:
         style = WAITS if one.waits else ""
         note = "" if one.waits else ", under way"
         table.add_row(one.service, str(one.count), Text(one.what + note, style))
-    return Group(Text("Not converged yet.", WAITS), table)
+    moving = any(not one.waits for one in found.open) or not found.report.finished
+    word = "still moving" if moving else "what is open waits for a person or a timeout"
+    return Group(Text(f"Not converged yet: {word}.", WAITS), Text(), table)
 
 
 def story_table(history: Sequence[TransitionRow]) -> RenderableType:
