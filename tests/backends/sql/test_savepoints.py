@@ -200,7 +200,7 @@ class SavepointMachine(RuleBasedStateMachine):
 
 TestSavepoints = SavepointMachine.TestCase
 TestSavepoints.settings = settings(
-    max_examples=50,
+    max_examples=30,
     stateful_step_count=25,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
