@@ -295,7 +295,11 @@ class TaskStore(Protocol):
     """
 
     async def claim(self, consumers: Mapping[str, int], lease_us: int, gap_us: int) -> list[Task]:
-        """Hands out due tasks: at most the given number per consumer. Expired leases count as due."""
+        """Hands out due tasks: at most the given number per consumer.
+
+        Expired leases count as due. Their holders vanished, perhaps because of the message: so such a
+        row has one attempt more than it had (``row.attempts`` of its task, and as it is stored).
+        """
         ...
 
     async def renew(self, tasks: Sequence[Task], lease_us: int, /) -> list[Task]:

@@ -9,6 +9,7 @@ import msgspec
 
 from sagacity.backends.memory.tables import Key, Lane, Parked, Tables, Tombstone
 from sagacity.backends.memory.writing import fit_letter, lenient
+from sagacity.core.plan import ParkedRow
 from sagacity.ports import Finish, Task
 
 WORK = "work"
@@ -28,9 +29,9 @@ def claim(
             parked = tables.parked[key]
             if not _its_turn(tables, parked, now, gap_us):
                 continue
-            _lease(tables, key, token, until, now)
-            tombstone = parked.row.message_id in tables.tombstones
-            tasks.append(Task(row=parked.row, token=token, lease_until=until, tombstone=tombstone))
+            row = _lease(tables, key, token, until, now)
+            tombstone = row.message_id in tables.tombstones
+            tasks.append(Task(row=row, token=token, lease_until=until, tombstone=tombstone))
             taken += 1
     if tasks:
         tables.last_token += 1
@@ -73,17 +74,21 @@ def _its_turn(tables: Tables, parked: Parked, now: int, gap_us: int) -> bool:
     return row.sequence <= expected or row.parked_at <= now - gap_us
 
 
-def _lease(tables: Tables, key: Key, token: str, until: int, now: int) -> None:
+def _lease(tables: Tables, key: Key, token: str, until: int, now: int) -> ParkedRow:
+    """Leases a row and its lane, which are free; returns the row as it is now."""
     lane = tables.parked[key].row.lane
+    # A lease that still shows has run out: its holder vanished in the middle of an attempt.
+    for other in list(tables.parked_in[lane]) if lane else [key]:
+        if tables.parked[other].lease_until:
+            row = tables.parked[other].row
+            tables.park(Parked(msgspec.structs.replace(row, attempts=row.attempts + 1)))
     if lane:
-        # The lane was free, so leases that its rows still show have run out.
-        for other in list(tables.parked_in[lane]):
-            if tables.parked[other].lease_until:
-                tables.park(Parked(tables.parked[other].row))
         known = tables.lanes.get(lane)
         number = known.next_sequence if known is not None else 1
         tables.lanes[lane] = Lane(next_sequence=number, lease_until=until, at=now)
-    tables.park(Parked(tables.parked[key].row, token, until))
+    row = tables.parked[key].row
+    tables.park(Parked(row, token, until))
+    return row
 
 
 def renew(tables: Tables, tasks: Sequence[Task], now: int, lease_us: int) -> list[Task]:

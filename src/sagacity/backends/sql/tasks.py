@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 from uuid import uuid4
 
+import msgspec
 from sqlalchemy import (
     ColumnElement,
     Connection,
@@ -139,10 +140,15 @@ def claim(
     statement, given = _still_ready(dialect)
     arguments = {**given.arguments(keys), "now": now, "gap_start": now - gap_us}
     rows = read(connection, statement, arguments)
-    token, until = uuid4().hex, now + lease_us
-    leased = [(row.consumer, row.message_id, token.encode(), until) for row in rows]
-    if not leased:
+    if not rows:
         return []
+    token, until = uuid4().hex, now + lease_us
+    # A lease that still shows has run out: its holder vanished in the middle of an attempt.
+    attempts = [row.attempts + (row.lease_until > 0) for row in rows]
+    leased = [
+        (row.consumer, row.message_id, token.encode(), until, number)
+        for row, number in zip(rows, attempts, strict=True)
+    ]
     taken_lanes = sorted({(row.lane,) for row in rows if row.lane})
     if taken_lanes:
         # Their lanes were free, so leases that these rows still show have run out.
@@ -155,11 +161,17 @@ def claim(
             ("token", "lease_until", "at"),
             [(name, token.encode(), until, now) for (name,) in taken_lanes],
         )
-    dialect.update(connection, parked, ("consumer", "message_id"), ("token", "lease_until"), leased)
+    change = ("token", "lease_until", "attempts")
+    dialect.update(connection, parked, ("consumer", "message_id"), change, leased)
     undone = _tombstones(connection, [row.message_id for row in rows])
     return [
-        Task(row=parked_of(row), token=token, lease_until=until, tombstone=row.message_id in undone)
-        for row in rows
+        Task(
+            row=msgspec.structs.replace(parked_of(row), attempts=number),
+            token=token,
+            lease_until=until,
+            tombstone=row.message_id in undone,
+        )
+        for row, number in zip(rows, attempts, strict=True)
     ]
 
 
@@ -196,7 +208,7 @@ def _forget_leases(dialect: Dialect) -> tuple[Update, Given]:
     statement = (
         update(parked)
         .where(given.holds(parked.c.lane), parked.c.lease_until > 0)
-        .values(token=b"", lease_until=0)
+        .values(token=b"", lease_until=0, attempts=parked.c.attempts + 1)
     )
     return statement, given
 
@@ -331,8 +343,12 @@ def _tried_again(finish: Finish) -> tuple[Any, ...]:
 def _free_their_lanes(
     connection: Connection, finishes: Sequence[Finish], numbers: dict[bytes, int], now: int
 ) -> None:
-    """Ends the leases of lanes and counts forward commands that are over."""
-    after = dict(numbers)
+    """Ends the leases of the lanes of `finishes` and counts forward commands that are over.
+
+    `numbers` may name more lanes: those of tasks that were lost are their new holders'.
+    """
+    ours = {finish.task.row.lane.encode() for finish in finishes}
+    after = {name: number for name, number in numbers.items() if name in ours}
     for finish in finishes:
         row, name = finish.task.row, finish.task.row.lane.encode()
         counted = finish.retry_at is None and not row.envelope.undoes

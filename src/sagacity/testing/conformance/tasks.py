@@ -312,7 +312,51 @@ class TaskSuite:
             assert new.keys() == old.keys() == {"m1", "a1"}
             for name, task in new.items():
                 assert task.token != old[name].token
-                assert task.row.attempts == 0
+
+    async def test_a_holder_that_vanished_has_used_up_an_attempt(
+        self, database: StoreDatabase
+    ) -> None:
+        async with workers(database) as w:
+            p = Participants(w)
+            await p.park(work("m1", attempts=2), work("a1", "a", 1))
+            for lives in range(3):
+                tasks = {task.row.message_id: task for task in await p.claim(second=lives % 2 == 1)}
+                assert {name: task.row.attempts for name, task in tasks.items()} == {
+                    "m1": 2 + lives,
+                    "a1": lives,
+                }
+                w.clock.advance(LEASE / SECOND)
+            last = {task.row.message_id: task for task in await p.claim()}
+            await w.first.finish([Finish(task=last["m1"], retry_at=w.now, error="no answer")])
+            assert (await p.one()).row.attempts == 6
+            await w.first.finish([Finish(task=last["a1"], retry_at=w.now, counts=False)])
+            assert (await p.one()).row.attempts == 3
+
+    async def test_a_lease_that_ended_in_time_uses_up_none(self, database: StoreDatabase) -> None:
+        async with workers(database) as w:
+            p = Participants(w)
+            await p.park(work("m1"))
+            task = await p.one()
+            w.clock.advance((LEASE - 1) / SECOND)
+            [task] = await w.first.renew([task], LEASE)
+            w.clock.advance((LEASE - 1) / SECOND)
+            await w.first.finish([Finish(task=task, retry_at=w.now, counts=False)])
+            w.clock.advance(10 * LEASE / SECOND)
+            assert (await p.one()).row.attempts == 0
+
+    async def test_a_lost_task_does_not_free_the_lane_of_its_new_holder(
+        self, database: StoreDatabase
+    ) -> None:
+        async with workers(database) as w:
+            p = Participants(w)
+            await p.park(work("a1", "a", 1), work("b1", "b", 1))
+            tasks = {task.row.lane: task for task in await p.claim()}
+            w.clock.advance(LEASE / SECOND)
+            assert len(await w.first.renew([tasks["b"]], LEASE)) == 1
+            assert await p.claimed(second=True) == ["a1"]
+            await p.park(undo("u1", "a1", "a"))
+            await p.done(*tasks.values())
+            assert await p.claim() == [], "the lane is worked on by another"
 
     async def test_a_lost_lease_writes_nothing(self, database: StoreDatabase) -> None:
         async with workers(database) as w:
