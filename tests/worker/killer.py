@@ -1,0 +1,54 @@
+"""A worker whose handler ends the process.
+
+    python -m tests.worker.killer STORE_URL BUS_URL
+
+Ends by SIGKILL as long as the message is handed to the handler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+
+from sagacity import Command, Context, Service, handles
+from sagacity.backends.redis import RedisBus
+from sagacity.backends.sql import SqlStore
+from sagacity.worker.config import Settings
+from sagacity.worker.worker import Worker
+from tests.worker.running import QUICK
+
+ATTEMPTS_MAX = 3
+
+
+class Crash(Command, topic="crashes"):
+    ref: str
+
+
+@handles(Crash)
+async def crash(command: Crash, context: Context) -> None:
+    print(f"attempt {context.attempt}", flush=True)  # noqa: T201
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+service = Service("crashes", handlers=[crash])
+
+
+async def main(store_url: str, bus_url: str) -> None:
+    """Runs until the killer is a dead letter."""
+    store, bus = SqlStore(store_url), RedisBus(bus_url)
+    changed = {**QUICK, "lease_s": 1.0, "attempts_max": ATTEMPTS_MAX}
+    settings = Settings(store=store_url, bus=bus_url, **changed)
+    worker = Worker(service, store, bus, settings, consumer="killed")
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(worker.run())
+        while not await store.dead_letters():
+            await asyncio.sleep(0.02)
+        worker.stop()
+    await store.close()
+    await bus.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))
