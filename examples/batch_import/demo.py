@@ -5,7 +5,6 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +23,7 @@ from examples.batch_import.generate import Plan, generate
 from examples.batch_import.mail import link_in
 from examples.batch_import.processes import StartFailed
 from examples.batch_import.program import Program
-from examples.batch_import.quiet import StillMoving
+from examples.batch_import.quiet import Rest, StillMoving
 from examples.batch_import.remotes import SYSTEMS
 from examples.batch_import.servers import Servers
 from examples.batch_import.showing import (
@@ -137,7 +136,7 @@ class Demo:
         program.set_faults("loyalty", {"action": "unavailable", "on": "create", "times": 3})
         program.set_faults("billing", {"action": "drop-reply", "on": "create", "times": 2})
         program.load(file)
-        self._watch(program, lambda now: _state(now, BATCH) == "imported" and _at_rest(now))
+        self._watch(program)
         report = program.report(BATCH)
         assert report is not None
         self._out.print(report_table(report))
@@ -162,8 +161,7 @@ class Demo:
         )
         for link in following:
             program.follow(link).raise_for_status()
-        self._watch(program, lambda now: not _creating(now))
-        program.wait_until_quiet()
+        self._watch(program)
 
     def _cancel(self, program: Program, directory: Path) -> None:
         ready = program.rows("importing", "order", accounts_state="ready")
@@ -179,8 +177,7 @@ class Demo:
         file = directory / "cancel.xml"
         file.write_text(_cancelling(order), encoding="utf-8")
         program.load(file)
-        self._watch(program, lambda now: _state(now, "demo-2") == "imported")
-        program.wait_until_quiet()
+        self._watch(program)
 
     def _outcome(self, program: Program) -> None:
         self._head("5", "Outcome")
@@ -235,21 +232,26 @@ class Demo:
 
         return order, asyncio.run(read())
 
-    def _watch(
-        self, program: Program, done: Callable[[Figures], bool], seconds: float = 40
-    ) -> None:
-        """Show live figures until `done`."""
+    def _watch(self, program: Program, seconds: float = 60) -> None:
+        """Show live figures until nothing moves any more; raises StillMoving."""
+        asyncio.run(self._watching(program, seconds))
+        if not self._out.is_terminal:
+            self._out.print()  # on a terminal the live display ends its last line itself
+
+    async def _watching(self, program: Program, seconds: float) -> None:
         ends = time.monotonic() + seconds
-        now = asyncio.run(figures(program.stores))
-        with Live(_panel(now, program), console=self._out, refresh_per_second=8) as live:
-            while not done(now):
-                if time.monotonic() > ends:
-                    raise StillMoving(f"not done within {seconds:g} seconds")
-                time.sleep(0.15)
-                now = asyncio.run(figures(program.stores))
-                live.update(_panel(now, program))
-            live.update(_panel(now, program), refresh=True)
-        self._out.print()
+        rest = Rest(program.stores, program.bus, program.prefix)
+        now = await figures(program.stores)
+        try:
+            with Live(_panel(now, program), console=self._out, refresh_per_second=8) as live:
+                while not await rest.reached():
+                    if time.monotonic() > ends:
+                        raise StillMoving(f"not at rest within {seconds:g} seconds: {rest.seen}")
+                    await asyncio.sleep(0.1)
+                    live.update(_panel(await figures(program.stores), program))
+                live.update(_panel(await figures(program.stores), program), refresh=True)
+        finally:
+            await rest.close()
 
     def _show_processes(self, servers: Servers) -> None:
         program = servers.program
@@ -285,21 +287,6 @@ class Demo:
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
-
-
-def _state(now: Figures, batch: str) -> str:
-    return now.batches.get(batch, (0, 0, ""))[2]
-
-
-def _at_rest(now: Figures) -> bool:
-    """Whether every opt-in mail has left."""
-    asked = now.optins.get("requested", 0) + now.optins.get("sending", 0)
-    return not asked and "noting" not in now.sagas.get("AccountSaga", Counter())
-
-
-def _creating(now: Figures) -> bool:
-    states: Counter[str] = now.sagas.get("AccountSaga", Counter())
-    return any(state.startswith("creating") or "compensating" in state for state in states)
 
 
 def _panel(now: Figures, program: Program) -> Group:

@@ -60,30 +60,45 @@ async def moving(stores: Mapping[str, SqlStore], bus: str, prefix: str) -> Movin
     return Moving(unpublished, on_the_bus, held, tuple(marks))
 
 
+class Rest:
+    """Looks again and again whether the program has come to rest; the caller closes it."""
+
+    def __init__(self, stores: Mapping[str, str], bus: str, prefix: str) -> None:
+        self._stores = {service: SqlStore(url) for service, url in stores.items()}
+        self._bus, self._prefix = bus, prefix
+        self._before = Moving()
+        self.seen = ""
+        """What was under way at the last look, or why there was none."""
+
+    async def reached(self) -> bool:
+        """Look once; True if nothing is under way, and nothing was the last time."""
+        try:
+            now = await moving(self._stores, self._bus, self._prefix)
+        except (Unavailable, DBAPIError, OSError, redis.ConnectionError) as error:
+            self.seen = str(error)  # a server may be down on purpose
+            return False
+        before, self._before, self.seen = self._before, now, str(now)
+        # A message that moved on between two places while we looked has left a mark.
+        return now.nothing and before.nothing and now.marks == before.marks
+
+    async def close(self) -> None:
+        for store in self._stores.values():
+            await store.close()
+
+
 async def until_quiet(
     stores: Mapping[str, str], bus: str, prefix: str, deadline: float = 30.0
 ) -> None:
     """Return when nothing has been under way for two looks in a row; raises StillMoving."""
     ends = time.monotonic() + deadline
-    opened = {service: SqlStore(url) for service, url in stores.items()}
+    rest = Rest(stores, bus, prefix)
     try:
-        before = Moving()
-        while True:
-            try:
-                now = await moving(opened, bus, prefix)
-                seen = str(now)
-                # A message that moved on between two places while we looked has left a mark.
-                if now.nothing and before.nothing and now.marks == before.marks and before.marks:
-                    return
-                before = now
-            except (Unavailable, DBAPIError, OSError, redis.ConnectionError) as error:
-                seen = str(error)  # a server may be down on purpose
+        while not await rest.reached():
             if time.monotonic() > ends:
-                raise StillMoving(f"not at rest within {deadline:g} seconds: {seen}")
+                raise StillMoving(f"not at rest within {deadline:g} seconds: {rest.seen}")
             await asyncio.sleep(0.05)
     finally:
-        for store in opened.values():
-            await store.close()
+        await rest.close()
 
 
 def _unread(bus: str, prefix: str) -> int:

@@ -96,29 +96,29 @@ def convergence_table(found: Convergence) -> RenderableType:
 
 def story_table(history: Sequence[TransitionRow]) -> RenderableType:
     """What one saga instance went through, with times from its first step."""
-    table = plain_table("after", "message", "handler", "state", "sends")
+    table = plain_table("after", "message", "state", "sends")
+    reasons: list[str] = []
     for row in history:
         effects = msgspec.json.decode(row.effects)
-        sends = ", ".join(
+        sends = [
             f"{'undo ' if kind == 'undo' else ''}{short(name)}"
             for name, _, kind in effects.get("sent", [])
-        )
-        timeouts = ", ".join(f"timeout {name}" for name in effects.get("timeouts", {}))
+        ]
+        sends += [f"timeout {name}" for name in effects.get("timeouts", {})]
         state = row.state_to
         if row.state_from and row.state_from != row.state_to:
             state = f"{row.state_from} → {row.state_to}"
         if row.status not in {"running", "completed"}:
             state += f" ({row.status})"
-        reason = effects.get("reason", "")
+        reasons += [effects["reason"]] if effects.get("reason") else []
         table.add_row(
             f"{(row.at - history[0].at) / 1e6:.3f} s",
             short(row.message_type),
-            row.handler or "-",
             Text(state, BAD if "compens" in state else ""),
-            Text(", ".join(filter(None, (sends, timeouts))))
-            + Text(f"\n{reason}" if reason else "", DIM),
+            Text(", ".join(sends)),
         )
-    return table
+    because = [Text(f"because {reason}", DIM) for reason in reasons]
+    return Group(table, *([Text(), *because] if because else []))
 
 
 def short(type_name: str) -> str:
