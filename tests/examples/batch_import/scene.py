@@ -37,12 +37,17 @@ class Scene:
         self._name = f"t{next(_numbers)}"
         self._files = itertools.count(1)
         self._minutes = itertools.count(1)
+        self._adopted: dict[str, tuple[str, str]] = {}
 
     def ref(self, name: str) -> str:
-        return f"{self._name}-{name}"
+        return self._adopted.get(name, (f"{self._name}-{name}", ""))[0]
 
     def email(self, name: str) -> str:
-        return f"{name}@{self._name}.example.test"
+        return self._adopted.get(name, ("", f"{name}@{self._name}.example.test"))[1]
+
+    def adopt(self, name: str, other: Scene, original: str) -> None:
+        """Call a user of another scene by a name of this one."""
+        self._adopted[name] = (other.ref(original), other.email(original))
 
     # ---------------------------------------------------------------------------------------- files
 

@@ -38,9 +38,26 @@ UNAVAILABLE = {"action": "unavailable", "on": "create"}
 HOLD = {"action": "hold", "on": "create"}
 
 
+@pytest.fixture(scope="module")
+def confirmed(
+    program: Program, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Scene, Iterator[str]]:
+    """A scene, and the names of its confirmed users: each test takes one."""
+    scene = Scene(program, tmp_path_factory.mktemp("confirmed"))
+    names = [f"u{number}" for number in range(20)]
+    scene.confirmed_users(*names)
+    return scene, iter(names)
+
+
 @pytest.fixture
-def scene(program: Program, tmp_path: Path) -> Iterator[Scene]:
-    yield Scene(program, tmp_path)
+def scene(
+    program: Program, confirmed: tuple[Scene, Iterator[str]], tmp_path: Path
+) -> Iterator[Scene]:
+    """A scene with the confirmed user ada."""
+    scene = Scene(program, tmp_path)
+    other, names = confirmed
+    scene.adopt("ada", other, next(names))
+    yield scene
     for system in ALL:
         program.set_faults(system)
     assert_green(program)
@@ -57,7 +74,6 @@ def operate(program: Program, *words: str) -> None:
 @pytest.mark.outcome("O11")
 @pytest.mark.requirement("R25")
 def test_a_refusal_releases_what_was_made(scene: Scene) -> None:
-    scene.confirmed_users("ada")
     scene.fault("shipping", "ada", UNAVAILABLE)
     scene.hand_in(orders=[scene.order("o", "ada", "billing", "shipping")])
     scene.until_made("billing", "ada")
@@ -77,7 +93,6 @@ def test_a_refusal_releases_what_was_made(scene: Scene) -> None:
 
 @pytest.mark.outcome("O11")
 def test_an_account_that_another_live_order_holds_stays(scene: Scene) -> None:
-    scene.confirmed_users("ada")
     scene.load(orders=[scene.order("live", "ada", "billing")])
     scene.fault("shipping", "ada", REFUSE)
     scene.load(orders=[scene.order("o", "ada", "billing", "shipping")])
@@ -94,7 +109,6 @@ def test_an_account_that_another_live_order_holds_stays(scene: Scene) -> None:
 
 @pytest.mark.outcome("O12")
 def test_an_answer_that_comes_during_the_compensation_is_undone_too(scene: Scene) -> None:
-    scene.confirmed_users("ada")
     scene.fault("shipping", "ada", UNAVAILABLE)
     scene.fault("loyalty", "ada", HOLD)
     scene.hand_in(orders=[scene.order("o", "ada", *ALL)])
@@ -116,7 +130,6 @@ def test_an_answer_that_comes_during_the_compensation_is_undone_too(scene: Scene
 
 @pytest.mark.outcome("O13")
 def test_a_system_that_is_away_for_a_while(scene: Scene) -> None:
-    scene.confirmed_users("ada")
     scene.fault("shipping", "ada", {**UNAVAILABLE, "times": 3})
     scene.load(orders=[scene.order("o", "ada", "billing", "shipping")])
     statuses = [status for system, _, status in scene.calls("ada") if system == "shipping"]
@@ -128,7 +141,6 @@ def test_a_system_that_is_away_for_a_while(scene: Scene) -> None:
 @pytest.mark.requirement("R25")
 def test_a_system_that_is_away_for_good(scene: Scene) -> None:
     """The attempts run out: the order fails, a dead letter says why, and nothing is held."""
-    scene.confirmed_users("ada")
     scene.fault("shipping", "ada", UNAVAILABLE)
     scene.load(orders=[scene.order("o", "ada", "billing", "shipping")])
     assert scene.order_state("o") == "failed"
@@ -147,7 +159,6 @@ def test_a_system_that_is_away_for_good(scene: Scene) -> None:
 
 @pytest.mark.outcome("O14")
 def test_an_answer_that_is_lost_makes_no_second_account(scene: Scene) -> None:
-    scene.confirmed_users("ada")
     for system in ALL:
         scene.fault(system, "ada", {"action": "drop-reply", "on": "create", "times": 2})
     scene.load(orders=[scene.order("o", "ada", *ALL, plan="plus")])
@@ -160,7 +171,6 @@ def test_an_answer_that_is_lost_makes_no_second_account(scene: Scene) -> None:
 
 def test_a_refusal_after_a_lost_answer_leaves_no_account_behind(scene: Scene) -> None:
     """The system carried the first attempt out, lost its answer, and refuses the second."""
-    scene.confirmed_users("ada")
     scene.fault("billing", "ada", {"action": "drop-reply", "on": "create", "times": 1}, REFUSE)
     scene.load(orders=[scene.order("o", "ada", "billing")])
     assert scene.entries("billing", "ada") == ["create", "delete"]
@@ -174,7 +184,6 @@ def test_a_refusal_after_a_lost_answer_leaves_no_account_behind(scene: Scene) ->
 
 @pytest.mark.outcome("O15")
 def test_a_release_that_fails_for_a_while(scene: Scene) -> None:
-    scene.confirmed_users("ada")
     scene.fault("billing", "ada", {"action": "unavailable", "on": "delete", "times": 3})
     scene.load(orders=[scene.order("o", "ada", "billing")])
     scene.load(orders=[scene.order("o", "ada", "billing", status="cancelled")])
@@ -189,7 +198,6 @@ def test_a_release_that_fails_for_good_is_seen_and_can_be_retried(
     scene: Scene, action: str
 ) -> None:
     program = scene.program
-    scene.confirmed_users("ada")
     scene.load(orders=[scene.order("o", "ada", "loyalty", "billing")])
     scene.fault("billing", "ada", {"action": action, "on": "delete"})
     scene.load(orders=[scene.order("o", "ada", "loyalty", "billing", status="cancelled")])
@@ -212,7 +220,6 @@ def test_a_release_that_fails_for_good_is_seen_and_can_be_retried(
 
 def test_a_new_order_keeps_an_account_that_is_about_to_go(scene: Scene) -> None:
     """Never neither: it finds the account that could not be deleted, and holds it."""
-    scene.confirmed_users("ada")
     scene.load(orders=[scene.order("old", "ada", "billing")])
     scene.fault("billing", "ada", {"action": "unavailable", "on": "delete"})
     scene.load(orders=[scene.order("old", "ada", "billing", status="cancelled")])
@@ -230,7 +237,6 @@ def test_a_new_order_keeps_an_account_that_is_about_to_go(scene: Scene) -> None:
 
 
 def test_a_deleted_account_can_be_made_again(scene: Scene) -> None:
-    scene.confirmed_users("ada")
     for order in ("first", "second"):
         scene.load(orders=[scene.order(order, "ada", *ALL)])
         scene.load(orders=[scene.order(order, "ada", *ALL, status="cancelled")])
@@ -240,7 +246,6 @@ def test_a_deleted_account_can_be_made_again(scene: Scene) -> None:
 
 @pytest.mark.outcome("O16")
 def test_an_order_that_is_cancelled_while_its_accounts_are_made(scene: Scene) -> None:
-    scene.confirmed_users("ada")
     scene.load(orders=[scene.order("live", "ada", "shipping")])
     scene.fault("loyalty", "ada", HOLD)
     scene.hand_in(orders=[scene.order("o", "ada", *ALL)])
@@ -261,7 +266,6 @@ def test_an_order_that_is_cancelled_while_its_accounts_are_made(scene: Scene) ->
 
 @pytest.mark.requirement("R10")
 def test_loading_is_acknowledged_at_once_and_the_outcome_is_told_once(scene: Scene) -> None:
-    scene.confirmed_users("ada")
     scene.fault("billing", "ada", HOLD)
     scene.hand_in(orders=[scene.order("o", "ada", "billing")])  # returns, though billing hangs
     scene.until_held("billing")
@@ -280,12 +284,12 @@ def test_a_poison_event_stops_only_its_own_saga(scene: Scene) -> None:
     program = scene.program
     names = ("o1", "poisoned", "o2")
     scene.load(
-        users=[scene.user("ada")],
-        orders=[scene.order(name, "ada", "billing", "loyalty") for name in names],
+        users=[scene.user("bob")],
+        orders=[scene.order(name, "bob", "billing", "loyalty") for name in names],
     )
     poisoned = scene.ref("poisoned")
     data = replace_data(program, "accounts", poisoned, b'{"order_ref": 7}')
-    scene.confirm("ada")
+    scene.confirm("bob")
 
     assert scene.order_states(*names) == ["ready", "waiting", "ready"]
     letters = [
