@@ -17,6 +17,7 @@ from sagacity.backends.redis import RedisBus
 from sagacity.backends.sql import SqlStore
 from sagacity.worker.config import Settings
 from sagacity.worker.worker import Worker
+from tests.waiting import async_eventually
 from tests.worker.running import QUICK
 
 ATTEMPTS_MAX = 3
@@ -43,8 +44,11 @@ async def main(store_url: str, bus_url: str) -> None:
     worker = Worker(service, store, bus, settings, consumer="killed")
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(worker.run())
-        while not await store.dead_letters():
-            await asyncio.sleep(0.02)
+
+        async def buried() -> bool:
+            return bool(await store.dead_letters())
+
+        await async_eventually(buried, "the killer is a dead letter")
         worker.stop()
     await store.close()
     await bus.close()

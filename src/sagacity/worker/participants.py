@@ -8,16 +8,26 @@ that session's transaction; the others are finished together, many in one.
 from __future__ import annotations
 
 import logging
+import math
 import traceback
+from asyncio import CancelledError
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, cast
 
 import anyio
 import anyio.abc
+import msgspec
 
 from sagacity.codec import encode_envelope
-from sagacity.core.errors import Conflict, DataRefused, DecodeError, Refused, Unavailable
+from sagacity.core.errors import (
+    Conflict,
+    DataRefused,
+    DecodeError,
+    Refused,
+    StoreError,
+    Unavailable,
+)
 from sagacity.core.messages import Event, encode_message
 from sagacity.core.plan import DeadLetterRow, OutboxRow
 from sagacity.core.routing import Retry
@@ -81,14 +91,30 @@ class Participants:
 
     async def run(self, poll_us: int = 500_000) -> None:
         """Works until `stop`. Raises nothing for a server that is away: it waits."""
-        async with anyio.create_task_group() as tasks:
-            renewing = anyio.CancelScope()
-            tasks.start_soon(self._renew, renewing)
-            tasks.start_soon(self._finish_together)
-            async with anyio.create_task_group() as handlers:
-                await self._claim_until_stopped(handlers, poll_us)
-            self._finish_wake.set()
-            renewing.cancel()
+        try:
+            async with anyio.create_task_group() as tasks:
+                renewing = anyio.CancelScope()
+                tasks.start_soon(self._renew, renewing)
+                tasks.start_soon(self._finish_together)
+                async with anyio.create_task_group() as handlers:
+                    await self._claim_until_stopped(handlers, poll_us)
+                self._finish_wake.set()
+                renewing.cancel()
+        finally:
+            await self._give_back()
+
+    async def _give_back(self) -> None:
+        """Told to end at once: keeps what is done, and lets others have the rest now."""
+        if not self._finishes:
+            return
+        with anyio.CancelScope(shield=True):
+            try:
+                await self.store.finish(self._finishes)
+            except StoreError as error:
+                log.warning(
+                    "Work is left until its leases run out",
+                    extra={"tasks": len(self._finishes), "error": str(error)},
+                )
 
     async def _claim_until_stopped(self, handlers: anyio.abc.TaskGroup, poll_us: int) -> None:
         pause = 0.1
@@ -97,16 +123,17 @@ class Participants:
             try:
                 claimed = await self.store.claim(self._free(), self.lease_us, self.gap_us)
                 due_at = None if claimed else await self.store.next_task_at(self.limits)
-            except Unavailable as error:
-                log.warning("Store cannot be reached, work waits", extra={"error": str(error)})
+            except StoreError as error:
+                log.warning("No work can be taken on, tried again", extra={"error": str(error)})
                 with anyio.move_on_after(pause):
                     await self._wake.wait()
                 pause = min(2 * pause, 10.0)
                 continue
             pause = 0.1
             for task in claimed:
-                self.running[task.row.consumer, task.row.message_id] = task
-                handlers.start_soon(self._work, task)
+                if not self._goes_on(task):
+                    self.running[_key(task)] = task
+                    handlers.start_soon(self._work, task)
             if not claimed:
                 wait_us = poll_us
                 if due_at is not None:
@@ -115,6 +142,22 @@ class Participants:
                     await self._wake.wait()
             elif not any(self._free().values()):
                 await self._wake.wait()
+
+    def _goes_on(self, task: Task) -> bool:
+        """True where the task is under way here already, though its lease ran out: now it has this one."""
+        if task.tombstone:
+            return False
+        key = _key(task)
+        waiting = [_key(finish.task) for finish in self._finishes]
+        if key in waiting:
+            place = waiting.index(key)
+            ended = self._finishes[place]
+            self._finishes[place] = msgspec.structs.replace(ended, task=task)
+            return True
+        if key in self.running:
+            self.running[key] = task
+            return True
+        return False
 
     def _free(self) -> dict[str, int]:
         """Inbox name -> how many more of its messages may run now."""
@@ -163,9 +206,19 @@ class Participants:
                     "error": str(error),
                 },
             )
+        except BaseException:
+            # The process is asked to end: this was no attempt.
+            task = self._leased(task)
+            now = self.clock.now()
+            self._finishes.append(Finish(task=task, retry_at=now, counts=False))
+            raise
         finally:
-            self.running.pop((task.row.consumer, task.row.message_id), None)
+            self.running.pop(_key(task), None)
             self._wake.set()
+
+    def _leased(self, task: Task) -> Task:
+        """The task under the lease it has now."""
+        return self.running.get(_key(task), task)
 
     async def _try(self, task: Task) -> None:
         envelope = task.row.envelope
@@ -208,6 +261,7 @@ class Participants:
                 with originating(context.origin):
                     async with self._place_of(participant):
                         result = await _limited(participant, arguments)
+                    task = self._leased(task)
                     finish = self._done(task, participant, context, result)
                     if opened.used:
                         pending = await work.finish(finish)
@@ -217,11 +271,13 @@ class Participants:
             except (Conflict, Unavailable):
                 raise
             except Refused as error:
-                finish = self._refused(task, error.reason)
-            except DataRefused as error:
-                finish = self._failed(task, retry, _traceback(error), attempt)
-            except Exception as error:  # noqa: BLE001 - a handler may raise anything
-                finish = self._failed(task, retry, _traceback(error), attempt)
+                finish = self._refused(self._leased(task), error.reason)
+            except (Exception, SystemExit, CancelledError) as error:
+                # A handler may raise anything; also what it got from a task of its own that was
+                # cancelled, which must not end the others here.
+                if isinstance(error, CancelledError) and _ending():
+                    raise
+                finish = self._failed(self._leased(task), retry, _traceback(error), attempt)
         # The session, if any, was rolled back with its context.
         self._later(finish)
 
@@ -351,10 +407,8 @@ class Participants:
             while self._finishes:
                 try:
                     await self._flush()
-                except Unavailable as error:
-                    log.warning(
-                        "Store cannot be reached, finished work waits", extra={"error": str(error)}
-                    )
+                except StoreError as error:
+                    log.warning("Finished work waits to be stored", extra={"error": str(error)})
                     await anyio.sleep(pause)
                     pause = min(2 * pause, 10.0)
 
@@ -363,34 +417,48 @@ class Participants:
         if not finishes:
             return
         try:
-            pending = await self.store.finish(finishes)
-        except Unavailable:
+            pending = await self._stored(finishes)
+        except BaseException:
+            # Perhaps they are stored; then they are skipped the next time.
             self._finishes = finishes + self._finishes
             raise
-        except DataRefused as error:
-            if len(finishes) > 1:
-                for finish in finishes:
-                    self._finishes = [finish]
-                    await self._flush()
-                return
-            # Its reply cannot be stored; the failure can.
-            task = finishes[0].task
-            if finishes[0].dead_letter is not None:
-                raise
-            pending = await self.store.finish([self._dead(task, "failed", _traceback(error))])
         self._wake.set()  # the next command of each lane is free only now
         await self.publish(pending)
+
+    async def _stored(self, finishes: list[Finish]) -> list[PendingRow]:
+        """Stores how tasks ended; halves them until what the database refuses stands alone."""
+        try:
+            return await self.store.finish(finishes)
+        except DataRefused as error:
+            if len(finishes) > 1:
+                middle = len(finishes) // 2
+                first = await self._stored(finishes[:middle])
+                return first + await self._stored(finishes[middle:])
+            [finish] = finishes
+            if finish.dead_letter is not None:
+                log.error(  # noqa: TRY400 - the database's words say it all
+                    "Dead letter cannot be stored, the message is tried again",
+                    extra={
+                        "consumer": finish.task.row.consumer,
+                        "message_id": finish.task.row.message_id,
+                        "error": str(error),
+                    },
+                )
+                return []
+            # Its reply cannot be stored; the failure can.
+            return await self.store.finish([self._dead(finish.task, "failed", _traceback(error))])
 
     async def _renew(self, scope: anyio.CancelScope) -> None:
         with scope:
             while True:
                 await anyio.sleep(self.lease_us / 3e6)
-                tasks = list(self.running.values())
+                # What is done and not stored yet is still ours.
+                tasks = [*self.running.values(), *(finish.task for finish in self._finishes)]
                 if not tasks:
                     continue
                 try:
                     await self.store.renew(tasks, self.lease_us)
-                except Unavailable as error:
+                except StoreError as error:
                     log.warning(
                         "Leases could not be renewed",
                         extra={"tasks": len(tasks), "error": str(error)},
@@ -414,6 +482,15 @@ class _Opened:
         session = self.work.session
         self.used = True
         return session
+
+
+def _key(task: Task) -> tuple[str, str]:
+    return task.row.consumer, task.row.message_id
+
+
+def _ending() -> bool:
+    """True while whoever runs the handlers is being cancelled."""
+    return anyio.current_effective_deadline() == -math.inf
 
 
 async def _limited(participant: Participant, arguments: Sequence[Any]) -> object:

@@ -348,6 +348,8 @@ class Worker:
                 await self._wait_out("Store cannot be asked for due timeouts", error)
                 continue
             inputs = due_inputs(due)
+            if self._stopping.is_set():
+                return  # the loop has ended: nobody would take them, and tell
             if inputs:
                 self._due_settled = anyio.Event()
                 self._due = inputs
