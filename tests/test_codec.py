@@ -29,6 +29,7 @@ FULL = Envelope(
     topic="notes",
     body=b'{"book":"b"}',
     version=3,
+    kind="command",
     time=1_800_000_000_123_456,
     source="shop",
     subject="Order/7",

@@ -10,9 +10,8 @@ from uuid import uuid4
 
 from sagacity import Command
 from sagacity.backends.sql import SqlStore
-from sagacity.core.delivery import Envelope
+from sagacity.core.delivery import Envelope, enveloped
 from sagacity.core.errors import BusError
-from sagacity.core.messages import encode_message, message_type
 from sagacity.core.plan import OutboxRow
 from sagacity.ports import Bus
 from sagacity.worker.opening import open_bus
@@ -20,14 +19,10 @@ from sagacity.worker.opening import open_bus
 
 def envelope_of(command: Command, *, source: str, actor: str = "") -> Envelope:
     """The message of a command that nothing caused: what follows has its id as correlation id."""
-    facts = message_type(command)
     message_id = uuid4().hex
-    return Envelope(
-        id=message_id,
-        type=facts.name,
-        topic=facts.topic,
-        version=facts.version,
-        body=encode_message(command),
+    return enveloped(
+        command,
+        message_id=message_id,
         time=time.time_ns() // 1000,
         source=source,
         correlation_id=message_id,

@@ -173,6 +173,7 @@ def envelope_from(headers: bytes, body: bytes) -> Envelope:
 _TEXT_FIELDS: tuple[tuple[str, str], ...] = (
     ("id", "id"),
     ("type", "type"),
+    ("kind", "kind"),
     ("source", "source"),
     ("subject", "subject"),
     ("correlationid", "correlation_id"),

@@ -44,6 +44,7 @@ __all__ = [
     "has_external_effects",
     "originating",
     "recorded",
+    "recording_now",
     "recording_time",
 ]
 
@@ -113,6 +114,11 @@ def _system_time() -> int:
 
 
 _now: ContextVar[Callable[[], int]] = ContextVar("sagacity_recording_time", default=_system_time)
+
+
+def recording_now() -> int:
+    """The time of recording, in microseconds since 1970, UTC."""
+    return _now.get()()
 
 
 @contextmanager

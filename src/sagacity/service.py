@@ -18,7 +18,7 @@ import msgspec
 from sagacity.codec import Registry, Upcaster, moment
 from sagacity.core.decide import FRAMEWORK, Sender, decode_framework
 from sagacity.core.definition import Definition
-from sagacity.core.delivery import Envelope, checked_id, derived_id
+from sagacity.core.delivery import Envelope, checked_id, derived_id, enveloped
 from sagacity.core.errors import DecodeError, DefinitionError
 from sagacity.core.messages import (
     Command,
@@ -33,7 +33,7 @@ from sagacity.core.messages import (
 from sagacity.core.plan import OutboxRow, ParkedRow
 from sagacity.core.routing import Catalog, Retry
 from sagacity.core.saga import Saga, key_text
-from sagacity.recording import Mode, Origin, Subscriber, current_origin, recorded
+from sagacity.recording import Mode, Origin, Subscriber, current_origin, recording_now
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -489,9 +489,9 @@ class Service:
         A command's topic is the address of one service, so nobody else will.
         """
         return (
-            envelope.topic in self.command_topics
-            and envelope.type not in self.registry
-            and bool(envelope.reply_to or envelope.sequence or envelope.undoes)
+            envelope.kind == "command"
+            and envelope.topic in self.command_topics
+            and envelope.type not in self.commands
         )
 
     def work_rows(self, envelope: Envelope, now: int) -> list[ParkedRow]:
@@ -540,27 +540,39 @@ class Service:
         if key is None:
             keys = definition.routes[facts.name].keys(event)
             key = keys[0] if keys else uuid4().hex
+        what = "key of the new instance"
+        return self._row(
+            event,
+            saga_type=definition.saga_type,
+            saga_key=checked_id(key_text(key, what), what),
+        )
+
+    async def send(self, command: Command, *, session: Appends) -> str:
+        """Sends a command from outside, in the caller's transaction; returns its command id.
+
+        For a web page, a command line, a script: whoever handles the command does the same as for a
+        saga's. Nobody is told of its failure; it becomes a dead letter.
+        """
+        row = self._row(command)
+        await session.append_envelopes([row])
+        return row.envelope.id
+
+    def _row(self, message: Message, **header: Any) -> OutboxRow:
+        """The outbox row of a message that this program sends because of what it is doing."""
         origin = current_origin()
-        item = recorded(event)
         message_id = uuid4().hex
-        envelope = Envelope(
-            id=message_id,
-            type=facts.name,
-            topic=facts.topic,
-            version=facts.version,
-            body=item.body,
-            time=item.at,
+        envelope = enveloped(
+            message,
+            message_id=message_id,
+            time=recording_now(),
             source=origin.source or self.name,
             correlation_id=origin.correlation_id or message_id,
             causation_id=origin.causation_id,
             actor=origin.actor,
             hops=origin.hops,
-            saga_type=definition.saga_type,
-            saga_key=checked_id(
-                key_text(key, "key of the new instance"), "key of the new instance"
-            ),
             traceparent=origin.traceparent,
             tracestate=origin.tracestate,
+            **header,
         )
         return OutboxRow("", envelope)
 
@@ -637,56 +649,44 @@ def follow_ups(
     """The rows of what a participant sent or published beside its reply."""
     rows: list[OutboxRow] = []
     for index, message in enumerate(messages):
-        facts = message_type(message)
-        rows.append(
-            OutboxRow(
-                "",
-                Envelope(
-                    id=derived_id(cause.id, consumer, f"follow{index}", facts.name),
-                    type=facts.name,
-                    topic=facts.topic,
-                    version=facts.version,
-                    body=encode_message(message),
-                    time=now,
-                    source=origin.source,
-                    correlation_id=origin.correlation_id,
-                    causation_id=origin.causation_id,
-                    actor=origin.actor,
-                    hops=origin.hops,
-                    traceparent=origin.traceparent,
-                    tracestate=origin.tracestate,
-                ),
-            )
+        message_id = derived_id(cause.id, consumer, f"follow{index}", message_type(message).name)
+        envelope = enveloped(
+            message,
+            message_id=message_id,
+            time=now,
+            source=origin.source,
+            correlation_id=origin.correlation_id,
+            causation_id=origin.causation_id,
+            actor=origin.actor,
+            hops=origin.hops,
+            traceparent=origin.traceparent,
+            tracestate=origin.tracestate,
         )
+        rows.append(OutboxRow("", envelope))
     return rows
 
 
 def _reply(
     command: Envelope, message: Message, topic: str, part: str, now: int, service: str
 ) -> OutboxRow:
-    facts = message_type(message)
-    return OutboxRow(
-        "",
-        Envelope(
-            id=derived_id(command.id, service, part, facts.name),
-            type=facts.name,
-            topic=topic,
-            version=facts.version,
-            body=encode_message(message),
-            time=now,
-            source=service,
-            correlation_id=command.correlation_id or command.id,
-            causation_id=command.id,
-            actor=command.actor,
-            hops=command.hops + 1,
-            saga_type=command.saga_type,
-            saga_key=command.saga_key,
-            saga_uid=command.saga_uid,
-            in_reply_to=command.id,
-            traceparent=command.traceparent,
-            tracestate=command.tracestate,
-        ),
+    envelope = enveloped(
+        message,
+        message_id=derived_id(command.id, service, part, message_type(message).name),
+        time=now,
+        topic=topic,
+        source=service,
+        correlation_id=command.correlation_id or command.id,
+        causation_id=command.id,
+        actor=command.actor,
+        hops=command.hops + 1,
+        saga_type=command.saga_type,
+        saga_key=command.saga_key,
+        saga_uid=command.saga_uid,
+        in_reply_to=command.id,
+        traceparent=command.traceparent,
+        tracestate=command.tracestate,
     )
+    return OutboxRow("", envelope)
 
 
 __all__ = [

@@ -11,8 +11,8 @@ import anyio
 
 from sagacity.backends.redis import RedisBus
 from sagacity.backends.sql import SqlStore
-from sagacity.core.delivery import Envelope
-from sagacity.core.messages import Message, encode_message, message_type
+from sagacity.core.delivery import Envelope, enveloped
+from sagacity.core.messages import Message
 from sagacity.service import Service
 from sagacity.worker.config import Settings
 from sagacity.worker.worker import Worker
@@ -34,15 +34,7 @@ QUICK: dict[str, Any] = {
 
 def envelope(message: Message, message_id: str = "", *, time: int = 1) -> Envelope:
     """A message as somebody outside would publish it."""
-    facts = message_type(message)
-    return Envelope(
-        id=message_id or uuid4().hex,
-        type=facts.name,
-        topic=facts.topic,
-        version=facts.version,
-        body=encode_message(message),
-        time=time,
-    )
+    return enveloped(message, message_id=message_id or uuid4().hex, time=time)
 
 
 class Site:

@@ -13,11 +13,12 @@ import pytest
 from sagacity.backends.redis import RedisBus
 from sagacity.backends.redis.embedded import EmbeddedRedis
 from sagacity.backends.sql import SqlStore
+from sagacity.backends.sql.session import session_factory
 from sagacity.core.plan import OutboxRow
 from sagacity.worker.relay import Relay
 from tests.waiting import async_eventually
 from tests.worker.running import envelope, site
-from tests.worker.shop import OrderPlaced, Poke, Shop
+from tests.worker.shop import Charge, OrderPlaced, Poke, Shop
 
 pytestmark = pytest.mark.asyncio
 
@@ -336,8 +337,7 @@ async def test_undecodable_oversized_unknown_and_mistyped_messages_are_dead_lett
                 "id": "who",
                 "type": "payments.Unheard",
                 "data": b"{}",
-                "sequence": "1",
-                "replyto": "shop.replies",
+                "kind": "command",
             },
         )
         await place.publish(OrderPlaced("good"))
@@ -392,3 +392,21 @@ async def test_a_hot_saga_is_handled_by_several_workers_without_loss(
             f"p{n}" for n in range(300)
         )
         assert not await place.store.dead_letters()
+
+
+async def test_a_command_from_outside_does_what_a_sagas_command_does(
+    store_url: str, redis_url: str
+) -> None:
+    """Service.send writes it into the outbox of the caller's transaction; a rollback takes it back."""
+    shop = Shop()
+    service = shop.service()
+    async with site(store_url, redis_url) as place, place.worker(service):
+        sessions = session_factory(place.store, service=service)
+        async with sessions() as session:
+            await service.send(Charge("taken-back", 1), session=session)
+            await session.rollback()
+        async with sessions() as session:
+            await service.send(Charge("o1", 1), session=session)
+            await session.commit()
+        await place.until(lambda: shop.times("charge", "o1") == 1, "the command is handled")
+    assert shop.did == [("charge", "o1")]

@@ -11,10 +11,9 @@ import getpass
 from uuid import uuid4
 
 from sagacity.core.decide import Cancel, RetryUndo, WaiveUndo
-from sagacity.core.delivery import Envelope
+from sagacity.core.delivery import enveloped
 from sagacity.core.errors import ConfigurationError
 from sagacity.core.instance import Instance, Status
-from sagacity.core.messages import encode_message, message_type
 from sagacity.core.plan import ParkedRow, Plan
 from sagacity.ports import Store
 
@@ -52,13 +51,9 @@ async def order(store: Store, instance: Instance, message: Order, *, actor: str)
 
     It is for this instance only: one that takes the key later does not hear it.
     """
-    facts = message_type(message)
-    envelope = Envelope(
-        id=f"operator:{uuid4().hex}",
-        type=facts.name,
-        topic=facts.topic,
-        version=facts.version,
-        body=encode_message(message),
+    envelope = enveloped(
+        message,
+        message_id=f"operator:{uuid4().hex}",
         time=store.clock.now(),
         source="saga",
         correlation_id=instance.ledger.correlation_id,

@@ -554,6 +554,7 @@ class _Step:
         """A command carries the return address."""
         return msgspec.structs.replace(
             envelope,
+            kind="command",
             saga_type=self.before.type,
             saga_key=self.before.key,
             saga_uid=self.before.uid,

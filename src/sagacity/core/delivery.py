@@ -8,11 +8,12 @@ no collation, truncation or NUL rule of a database can ever merge two of them.
 from __future__ import annotations
 
 from hashlib import blake2b
-from typing import Literal
+from typing import Any
 
 import msgspec
 
 from sagacity.core.errors import DecodeError
+from sagacity.core.messages import Message, encode_message, message_type
 
 ID_BYTES_MAX = 191
 """Longest id or correlation key in bytes of UTF-8 (fits an index key of every database)."""
@@ -37,6 +38,8 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The message, encoded as JSON."""
     version: int = 1
     """Version of the body's fields."""
+    kind: str = ""
+    """``command`` for a command; empty for an event."""
     time: int = 0
     """When it was recorded."""
     source: str = ""
@@ -88,7 +91,23 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     """Why the entry is not a message: what, expected, got."""
 
 
-Kind = Literal["event", "command"]
+def enveloped(message: Message, *, message_id: str, time: int, topic: str = "", **header: Any) -> Envelope:
+    """A message in its envelope; `topic` only where it does not travel on its own.
+
+    `header` are further fields of `Envelope`. Raises NotRecordable for a payload that cannot be
+    encoded.
+    """
+    facts = message_type(message)
+    return Envelope(
+        id=message_id,
+        type=facts.name,
+        topic=topic or facts.topic,
+        version=facts.version,
+        kind="command" if facts.kind == "command" else "",
+        body=encode_message(message),
+        time=time,
+        **header,
+    )
 
 
 def derived_id(*parts: str) -> str:

@@ -23,9 +23,9 @@ import msgspec
 
 from sagacity.backends.memory import MemoryBus, MemoryStore
 from sagacity.core.decide import Sender
-from sagacity.core.delivery import Envelope
+from sagacity.core.delivery import Envelope, enveloped
 from sagacity.core.instance import Instance
-from sagacity.core.messages import Command, Event, Message, encode_message, message_type
+from sagacity.core.messages import Command, Event, Message, message_type
 from sagacity.core.plan import OutboxRow, TransitionRow
 from sagacity.core.routing import Retry
 from sagacity.core.saga import Saga
@@ -239,14 +239,11 @@ class Inline:
     # ------------------------------------------------------------------------------------- private
 
     async def _put(self, message: Message, message_id: str) -> str:
-        facts, origin = message_type(message), current_origin()
+        origin = current_origin()
         message_id = message_id or uuid4().hex
-        envelope = Envelope(
-            id=message_id,
-            type=facts.name,
-            topic=facts.topic,
-            version=facts.version,
-            body=encode_message(message),
+        envelope = enveloped(
+            message,
+            message_id=message_id,
             time=self.clock.now(),
             source=origin.source,
             correlation_id=origin.correlation_id or message_id,

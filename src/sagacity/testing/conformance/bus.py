@@ -131,6 +131,7 @@ class BusConformance:
             topic=TOPIC,
             body=b'{"text":"\xc3\xa4","n":1.5}',
             version=3,
+            kind="command",
             time=1_767_225_600_123_456,
             source="shop",
             subject="Order/17",
