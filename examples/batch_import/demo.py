@@ -232,7 +232,7 @@ class Demo:
 
         return order, asyncio.run(read())
 
-    def _watch(self, program: Program, seconds: float = 60) -> None:
+    def _watch(self, program: Program, seconds: float = 100) -> None:
         """Show live figures until nothing moves any more; raises StillMoving."""
         asyncio.run(self._watching(program, seconds))
         if not self._out.is_terminal:
