@@ -27,6 +27,8 @@ READ_ONLY = "sagacity_read_only"
 """Execution option of a connection that will not write: SQLite then need not wait for writers."""
 TURN = "sagacity_turn"
 """Execution option that holds the `Turn` to take before a transaction that may write begins."""
+TURNS = "sagacity_turns"
+"""Execution option of an engine each of whose transactions takes a turn in these `Turns`."""
 
 BUSY_TIMEOUT_MS = 10_000
 LOCK_TIMEOUT_MS = 5_000
@@ -110,6 +112,7 @@ def configure(engine: AsyncEngine) -> None:
     else:
         _listen(sync, "connect", _set_up_sqlite)
         _listen(sync, "begin", _begin_sqlite)
+        _listen(sync, "checkin", _end_turn)
 
 
 def _listen(target: Any, name: str, listener: Callable[..., None]) -> None:
@@ -143,9 +146,22 @@ def _begin_sqlite(connection: Connection) -> None:
         connection.exec_driver_sql("BEGIN")
         return
     turn: Turn | None = options.get(TURN)
+    turns: Turns | None = options.get(TURNS)
+    if turn is None and turns is not None:
+        # A session of the user's: its turn is over when it gives its connection back.
+        kept = connection.connection.record_info
+        assert kept is not None
+        turn = kept.setdefault(TURN, Turn(turns))
     if turn is not None:
         await_only(turn.take())
     connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _end_turn(connection: object, record: Any) -> None:
+    del connection
+    turn: Turn | None = record.record_info.pop(TURN, None)
+    if turn is not None:
+        turn.give_up()
 
 
 class Database:

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sagacity.backends.sql import outbox
 from sagacity.backends.sql.database import (
     SESSION_IDLE_TIMEOUT_MS,
-    TURN,
+    TURNS,
     Database,
     OpenTransaction,
 )
@@ -23,7 +23,6 @@ from sagacity.backends.sql.dialects import POSTGRESQL
 from sagacity.backends.sql.errors import lost_to_others, translated
 from sagacity.backends.sql.session import SagaSession
 from sagacity.backends.sql.tasks import end
-from sagacity.backends.sql.turns import Turn
 from sagacity.core.errors import Conflict, Unavailable
 from sagacity.ports import Finish, PendingRow, Task
 
@@ -44,15 +43,15 @@ class SqlWork:
         self._task = task
         self._factory = factory
         self._session: AsyncSession | None = None
-        self._turn = Turn(database.turns) if database.turns else None
 
     @property
     def session(self) -> AsyncSession:
         """The user's session. Its transaction begins with its first statement, not before."""
         if self._session is None:
             engine = self._database.engine
-            if self._turn is not None:
-                engine = engine.execution_options(**{TURN: self._turn})
+            if self._database.turns is not None:
+                # Each transaction on it takes a turn of its own, also one beside the session's.
+                engine = engine.execution_options(**{TURNS: self._database.turns})
             self._session = self._factory(engine)
             if self._database.dialect is POSTGRESQL:
                 event.listen(self._session.sync_session, "after_begin", _allow_waiting)
@@ -75,7 +74,6 @@ class SqlWork:
                 recorded = await _flushed(session)
                 rows = await self._end_in(session, finish, recorded)
                 await session.commit()
-                self._give_up_turn()
             except Exception as error:
                 if lost_to_others(error):
                     raise translated(error, "finish") from error
@@ -110,20 +108,11 @@ class SqlWork:
     ) -> None:
         """Rolls back whatever was not committed."""
         session, self._session = self._session, None
-        try:
-            if session is not None:
-                with (
-                    anyio.move_on_after(self._database.deadline_s, shield=True),
-                    suppress(Exception),
-                ):
-                    # Whatever fails here, fails on a connection that SQLAlchemy then throws away.
-                    await session.close()
-        finally:
-            self._give_up_turn()
-
-    def _give_up_turn(self) -> None:
-        if self._turn is not None:
-            self._turn.give_up()
+        if session is None:
+            return
+        with anyio.move_on_after(self._database.deadline_s, shield=True), suppress(Exception):
+            # Whatever fails here, fails on a connection that SQLAlchemy then throws away.
+            await session.close()
 
 
 def _allow_waiting(
