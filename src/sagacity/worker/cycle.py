@@ -15,6 +15,7 @@ import msgspec
 
 from sagacity.codec import encode_envelope
 from sagacity.core.batch import plan_batch
+from sagacity.core.decide import timeout_envelope
 from sagacity.core.delivery import Delivery, Envelope, derived_id
 from sagacity.core.errors import BusError, Conflict, DataRefused, DecodeError, KeyTaken
 from sagacity.core.plan import (
@@ -131,7 +132,14 @@ class Cycle:
                 return await self._halves(inputs, wait=wait, taken=taken)
             message_id = _identity(inputs[0])
             if message_id in refused:
-                raise
+                # Not even its failure can be written. It stays where it is and comes again; whoever
+                # came with it goes on.
+                log.error(  # noqa: TRY400
+                    "Database refuses the failure of a message, it is left",
+                    extra={"message_id": message_id, "error": str(error)},
+                )
+                await anyio.sleep(0.5)
+                return Settled([], [], [], work=False, due=False, outcomes={})
             # No traceback: the database's words say it all.
             log.error(  # noqa: TRY400
                 "Database refuses a message", extra={"message_id": message_id, "error": str(error)}
@@ -330,14 +338,15 @@ class _Sorted:
         self.faults: list[tuple[Delivery, str, str]] = []
         self.origin: list[int] = []
         self.index_of: dict[int, int] = {}
-        rows: set[tuple[str, str]] = set()
+        places: set[object] = set()
         for index, one in enumerate(inputs):
+            place = _place(one)
+            if place in places:
+                continue  # one that was busy, and was found due or handed out once more
+            places.add(place)
             if isinstance(one, DueTimeout):
                 self.numbered_timeouts.append((index, one))
             elif isinstance(one, ParkedRow):
-                if (one.consumer, one.message_id) in rows:
-                    continue  # one that was busy, and was found due once more
-                rows.add((one.consumer, one.message_id))
                 self.parked.append(one)
                 self._route(catalog, index, one.envelope, one)
             else:
@@ -471,7 +480,23 @@ def _identity(one: Input) -> str:
         return one.envelope.id if one.envelope is not None else f"{one.topic}/{one.entry_id}"
     if isinstance(one, ParkedRow):
         return one.message_id
-    return f"{one.uid}/{one.name}"
+    return timeout_envelope(
+        uid=one.uid,
+        name=one.name,
+        generation=one.generation,
+        due_at=one.due_at,
+        saga_type=one.saga_type,
+        saga_key=one.saga_key,
+    ).id
+
+
+def _place(one: Input) -> object:
+    """Where an input comes from: equal for copies of one row or entry, not for copies of a message."""
+    if isinstance(one, Delivery):
+        return "entry", one.topic, one.entry_id
+    if isinstance(one, ParkedRow):
+        return "parked", one.consumer, one.message_id
+    return "timeout", one.uid, one.name, one.generation
 
 
 def _last_line(text: str) -> str:

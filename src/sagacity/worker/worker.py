@@ -230,22 +230,22 @@ class Worker:
             self._progress_at = time.monotonic()
             if busy and not fresh:
                 await anyio.sleep(random.uniform(0.003, 0.010))
-            together: list[Input] = [*inputs]
-            for delivery in fresh:
-                if delivery.attempt >= ALONE_FROM:
-                    await self._settle([_suspect(delivery)])
-                else:
-                    together.append(delivery)
-            if not together:
+            together, alone = _sorted_out([*inputs, *fresh])
+            if not together and not alone:
                 continue
             rounds = rounds + 1 if busy else 0
-            if rounds > BUSY_ROUNDS_MAX:
-                rounds = 0
-                busy = []
-                for one in together:
-                    busy += await self._settle([one], wait=True)
+            if rounds > BUSY_ROUNDS_MAX and busy:
+                # One message waits, so that at least one gets on; all others need not wait with it.
+                rounds, first = 0, busy[0]
+                alone = [one for one in alone if one is not first]
+                together = [one for one in together if one is not first]
+                busy = await self._settle([first], wait=True)
             else:
-                busy = await self._settle(together)
+                busy = []
+            for one in alone:
+                busy += await self._settle([one])
+            if together:
+                busy += await self._settle(together)
             if due:
                 self._due_settled.set()
 
@@ -394,6 +394,28 @@ class Worker:
     async def _wait_out(self, what: str, error: Exception) -> None:
         log.warning(what, extra={"error": str(error)})
         await self._pause(random.uniform(0.5, 1.0))
+
+
+def _sorted_out(inputs: Sequence[Input]) -> tuple[list[Input], list[Input]]:
+    """What may be run together, and what is run alone: it may be what ends the process.
+
+    An entry that is held already, and was handed out once more meanwhile, is kept as it was.
+    """
+    together: list[Input] = []
+    alone: list[Input] = []
+    entries: set[tuple[str, str]] = set()
+    for one in inputs:
+        if not isinstance(one, Delivery):
+            together.append(one)
+            continue
+        if (one.topic, one.entry_id) in entries:
+            continue
+        entries.add((one.topic, one.entry_id))
+        if one.attempt >= ALONE_FROM:
+            alone.append(_suspect(one))
+        else:
+            together.append(one)
+    return together, alone
 
 
 def _suspect(delivery: Delivery) -> Delivery:
