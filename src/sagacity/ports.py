@@ -396,7 +396,9 @@ class Inspector(Protocol):
         """Parks the dead letters again, due at once, for their consumer; returns how many.
 
         One that was never decoded, was replayed before, or is parked is left out. Attempts start at
-        zero; the reason is ``retry`` for a saga's message and ``work`` for a participant's.
+        zero; the reason is ``retry`` for a saga's message and ``work`` for a participant's. One that
+        concerns nobody yet (`DeadLetterRow.unrouted`) is pending in the outbox again instead, and its
+        inbox row is forgotten.
         """
         ...
 

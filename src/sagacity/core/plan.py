@@ -207,6 +207,14 @@ class DeadLetterRow(msgspec.Struct, frozen=True, kw_only=True):
     """As in the `ParkedRow` that a replay makes of it."""
     at: int
 
+    @property
+    def unrouted(self) -> bool:
+        """True for a message of which it is not known whom it concerns: nobody has looked at it yet.
+
+        Its consumer is the service's name and ``!``; replayed, it is sent over the bus once more.
+        """
+        return not self.saga_type and self.consumer.endswith("!")
+
 
 class TransitionRow(msgspec.Struct, frozen=True, kw_only=True):
     """One line of an instance's history."""

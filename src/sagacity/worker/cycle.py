@@ -393,15 +393,16 @@ class _Sorted:
             )
             return
         # A parked row belongs to one instance; only that one may see it again, unless none was found.
+        replayed = row.reason == "retry" and bool(row.lane)  # a dead letter that found no instance
         pinned = Routed(
             catalog.definitions[row.saga_type],
             (row.saga_key,) if row.saga_key else (),
             None,
-            "ignore",
+            "dead-letter" if replayed else "ignore",
             row.lane,
         )
         again: list[Routed] = []
-        if row.reason == "missing":
+        if row.reason == "missing" or (replayed and not row.saga_key):
             try:
                 again = route(catalog, envelope, row.saga_type)
             except DecodeError:

@@ -11,7 +11,7 @@ from sagacity.backends.memory.tables import Parked, Tables
 from sagacity.core.delivery import decode_entry
 from sagacity.core.errors import ConfigurationError
 from sagacity.core.instance import Status
-from sagacity.core.plan import ParkedRow, TransitionRow
+from sagacity.core.plan import DeadLetterRow, OutboxRow, ParkedRow, TransitionRow
 from sagacity.ports import DeadLetter, Retention, SagaRow
 
 _K = TypeVar("_K", bound=Hashable)
@@ -83,6 +83,10 @@ def replay(tables: Tables, ids: Sequence[int], now: int) -> int:
             continue
         tables.dead_letters[id_] = msgspec.structs.replace(letter, replayed_at=now)
         row = letter.row
+        if row.unrouted:
+            _publish_again(tables, row, now)
+            parked += 1
+            continue
         if (row.consumer, row.message_id) in tables.parked:
             continue
         again = ParkedRow(
@@ -102,6 +106,18 @@ def replay(tables: Tables, ids: Sequence[int], now: int) -> int:
         tables.park(Parked(again))
         parked += 1
     return parked
+
+
+def _publish_again(tables: Tables, row: DeadLetterRow, now: int) -> None:
+    """Sends a message once more over the bus, and forgets that it was seen."""
+    tables.inbox.pop((row.consumer, row.message_id), None)
+    tables.send(tables.fresh([OutboxRow("", decode_entry(row.entry))], now))
+    # What came out of this outbox is there, and has left long ago.
+    tables.mark_pending(
+        seq
+        for seq, sent in tables.outbox.items()
+        if sent.envelope.id == row.message_id and seq not in tables.pending
+    )
 
 
 def counts(tables: Tables, now: int) -> dict[str, int]:

@@ -20,6 +20,8 @@ from sqlalchemy import (
 )
 
 from sagacity.backends.sql.dialects import Dialect, Given, Query, dialect_of, read
+from sagacity.backends.sql.marks import mark_pending
+from sagacity.backends.sql.outbox import append_rows
 from sagacity.backends.sql.rows import (
     PARKED_COLUMNS,
     dead_letter_of,
@@ -30,6 +32,8 @@ from sagacity.backends.sql.rows import (
 )
 from sagacity.backends.sql.tables import (
     dead_letter,
+    inbox,
+    outbox,
     outbox_pending,
     parked,
     saga,
@@ -39,7 +43,7 @@ from sagacity.backends.sql.tables import (
 from sagacity.core.delivery import decode_entry
 from sagacity.core.errors import ConfigurationError
 from sagacity.core.instance import Instance, Status
-from sagacity.core.plan import ParkedRow, TransitionRow
+from sagacity.core.plan import OutboxRow, ParkedRow, TransitionRow
 from sagacity.ports import DeadLetter, SagaRow
 
 
@@ -148,15 +152,30 @@ def replay(connection: Connection, ids: Sequence[int], now: int) -> int:
     ]
     if not letters:
         return 0
+    unrouted = [letter for letter in letters if letter.row.unrouted]
     rows = sorted(
-        (parked_row(_parked_again(letter, now)) for letter in letters), key=lambda r: r[:2]
+        (parked_row(_parked_again(letter, now)) for letter in letters if letter not in unrouted),
+        key=lambda r: r[:2],
     )
     parked_now = dialect.insert(connection, parked, PARKED_COLUMNS, rows)
+    _publish_again(connection, unrouted, now)
     marked, given = _mark_replayed(dialect)
     connection.execute(
         marked, {**given.arguments([(letter.id,) for letter in letters]), "now": now}
     )
-    return parked_now
+    return parked_now + len(unrouted)
+
+
+def _publish_again(connection: Connection, letters: Sequence[DeadLetter], now: int) -> None:
+    """Sends messages once more over the bus, and forgets that they were seen."""
+    if not letters:
+        return
+    keys = sorted({(one.row.consumer.encode(), one.row.message_id.encode()) for one in letters})
+    dialect_of(connection).delete(connection, inbox, ("consumer", "message_id"), keys)
+    rows = [OutboxRow("", decode_entry(letter.row.entry)) for letter in letters]
+    append_rows(connection, rows, now)
+    # What came out of this outbox is there, and has left long ago.
+    mark_pending(connection, outbox.c.message_id.in_([message_id for _, message_id in keys]))
 
 
 def _parked_again(letter: DeadLetter, now: int) -> ParkedRow:

@@ -89,7 +89,7 @@ def republish(
     named = [one.topic for one in lost if one.topic]
     count = 0
     for one in lost:
-        count += _mark_pending(
+        count += mark_pending(
             connection,
             _concerns(outbox.c.destination, one, named),
             or_(outbox.c.seq > one.after, outbox.c.created_at >= one.since),
@@ -108,7 +108,8 @@ def _concerns(topic: ColumnElement[str], one: Lost, named: Sequence[str]) -> Col
     return topic == one.topic if one.topic else topic.not_in(named)
 
 
-def _mark_pending(connection: Connection, *conditions: ColumnElement[bool]) -> int:
+def mark_pending(connection: Connection, *conditions: ColumnElement[bool]) -> int:
+    """Makes outbox rows pending; returns how many were not."""
     columns = ["seq", "lane", "created_at"]
     again = select(outbox.c.seq, outbox.c.lane, outbox.c.created_at).where(*conditions)
     make = postgresql.insert if dialect_of(connection) is POSTGRESQL else sqlite.insert

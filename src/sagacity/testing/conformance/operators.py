@@ -188,6 +188,28 @@ class OperatorSuite:
             [task] = await w.first.claim({"pay": 5}, LEASE, GAP)
             assert (task.row.message_id, task.row.sequence, task.row.lane) == ("m1", 1, "a")
 
+    async def test_a_replayed_letter_that_concerned_nobody_yet_goes_over_the_bus(
+        self, database: StoreDatabase
+    ) -> None:
+        async with workers(database) as w:
+            [own] = await w.write(outbox=[outbox("m2", "a")])
+            await w.first.published([own.seq])
+            letters = [
+                dead_letter(name, consumer="shop!", saga_type="", saga_key="", reason="killer")
+                for name in ("m1", "m2", "m3")
+            ]
+            seen = [inbox(name, consumer="shop!") for name in ("m1", "m2", "m3")]
+            await w.write(dead_letters=letters, inbox=seen)
+            ids = [
+                found.id for found in await w.first.dead_letters() if found.row.message_id != "m3"
+            ]
+            assert await w.second.replay(ids) == 2
+            assert sorted(await w.pending()) == ["m1", "m2"]
+            assert (await w.first.counts())["parked"] == 0
+            asked = [("shop!", name) for name in ("m1", "m2", "m3")]
+            assert (await w.known(inbox=asked)).seen == {("shop!", "m3")}
+            assert await w.second.replay(ids) == 0
+
     async def test_what_cannot_be_replayed_is_left_out(self, database: StoreDatabase) -> None:
         async with workers(database) as w:
             await w.write(dead_letters=[dead_letter("m1", decoded=False, entry=b"raw")])
