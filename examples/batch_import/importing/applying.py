@@ -263,7 +263,9 @@ class _Chunk:
             currency=record.currency,
             total=record.total,
             systems=_codes(record),
+            accounts_state="none",  # rows with the same columns are inserted together
             source_updated=record.updated,
+            version=1,
         )
         order.imported()
         if record.systems and record.status != "cancelled":

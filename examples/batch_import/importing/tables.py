@@ -200,8 +200,10 @@ class User(RecordsEvents, Stored):
             ref=ref,
             email=email,
             mailbox=mailbox_of(email),
+            email_state="unconfirmed",
             source_updated=updated,
             version=1,
+            email_version=1,
             **details,
         )
         user.record(UserImported(ref, email))
