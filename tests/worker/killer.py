@@ -1,8 +1,9 @@
-"""A worker whose handler ends the process.
+"""A worker whose handlers end the process.
 
-    python -m tests.worker.killer STORE_URL BUS_URL
+    python -m tests.worker.killer STORE_URL BUS_URL [INSTANCES]
 
-Ends by SIGKILL as long as the message is handed to the handler.
+Ends by SIGKILL as long as a message that kills is handed to its handler; else once there is a dead
+letter, and as many saga instances.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import signal
 import sys
 
-from sagacity import Command, Context, Service, handles
+from sagacity import Command, Context, Event, Saga, Service, State, handles, on
 from sagacity.backends.redis import RedisBus
 from sagacity.backends.sql import SqlStore
 from sagacity.worker.config import Settings
@@ -33,10 +34,26 @@ async def crash(command: Crash, context: Context) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-service = Service("crashes", handlers=[crash])
+class Dropped(Event, topic="drops"):
+    ref: str
+    kills: bool = False
 
 
-async def main(store_url: str, bus_url: str) -> None:
+class Glass(Saga, key="ref"):
+    broken = State(final=True)
+
+    ref: str
+
+    @on(Dropped, starts=True, goto=broken)
+    def drop(self, event: Dropped) -> None:
+        if event.kills:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+service = Service("crashes", sagas=[Glass], handlers=[crash])
+
+
+async def main(store_url: str, bus_url: str, instances: str = "0") -> None:
     """Runs until the killer is a dead letter."""
     store, bus = SqlStore(store_url), RedisBus(bus_url)
     changed = {**QUICK, "lease_s": 1.0, "attempts_max": ATTEMPTS_MAX}
@@ -46,7 +63,8 @@ async def main(store_url: str, bus_url: str) -> None:
         tasks.create_task(worker.run())
 
         async def buried() -> bool:
-            return bool(await store.dead_letters())
+            counts = await store.counts()
+            return counts["dead_letters"] > 0 and counts["sagas.completed"] >= int(instances)
 
         await async_eventually(buried, "the killer is a dead letter")
         worker.stop()

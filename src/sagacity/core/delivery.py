@@ -91,7 +91,9 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     """Why the entry is not a message: what, expected, got."""
 
 
-def enveloped(message: Message, *, message_id: str, time: int, topic: str = "", **header: Any) -> Envelope:
+def enveloped(
+    message: Message, *, message_id: str, time: int, topic: str = "", **header: Any
+) -> Envelope:
     """A message in its envelope; `topic` only where it does not travel on its own.
 
     `header` are further fields of `Envelope`. Raises NotRecordable for a payload that cannot be

@@ -256,6 +256,22 @@ class Cycle:
             outcomes=counts,
         )
 
+    async def note_try(self, delivery: Delivery, most: int) -> int:
+        """Notes that an entry is about to be tried alone; returns how often it was before, up to `most`.
+
+        The note is committed before the try, so it stays where the try ends the process. Raises
+        StoreError.
+        """
+        entry = derived_id(self.service.name, delivery.topic, delivery.entry_id)
+        notes = [(f"{self.service.name}?{number}", entry) for number in range(1, most + 1)]
+        async with self.store.transaction() as transaction:
+            known = await transaction.known(inbox=notes)
+            tries = sum(note in known.seen for note in notes)
+            if tries < most:
+                row = InboxRow(*notes[tries], Outcome.PARKED)
+                await transaction.write(Plan(now=transaction.now, inbox=[row]))
+        return tries
+
     async def _arrivals(
         self, transaction: Transaction, batch: _Sorted
     ) -> tuple[list[Arrival], int]:

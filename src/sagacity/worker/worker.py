@@ -45,8 +45,11 @@ T = TypeVar("T")
 
 ALONE_FROM = 3
 """An entry handed out this often is run alone: it may be what ends the process."""
-KILLER_FROM = 5
-"""An entry handed out this often becomes a dead letter without being decoded."""
+TRIES_ALONE_MAX = 2
+"""An entry that was run alone this often, by processes that all ended, is a dead letter, undecoded.
+
+Only these tries count: an entry is handed out again for many reasons, such as another entry of its
+batch, or a store that was away (``protocol.md`` row 22)."""
 BUSY_ROUNDS_MAX = 5
 """Rounds of a few milliseconds before held instances are waited for, one message at a time."""
 FORGET_AFTER_S = 0.05
@@ -119,6 +122,8 @@ class Worker:
         self._subscription: Subscription | None = None
         self._due: list[Input] = []
         self._due_settled = anyio.Event()
+        self._tried: set[tuple[str, str]] = set()
+        """Entries (topic, entry id) that this process has run alone."""
         self._clock_wake = anyio.Event()
         self._joined = False
         self._progress_at = time.monotonic()
@@ -243,7 +248,7 @@ class Worker:
             else:
                 busy = []
             for one in alone:
-                busy += await self._settle([one])
+                busy += await self._settle([one], alone=True)
             if together:
                 busy += await self._settle(together)
             if due:
@@ -274,15 +279,19 @@ class Worker:
             self._bytes_per_message = max(size, 0.99 * self._bytes_per_message, 1.0)
         return fresh
 
-    async def _settle(self, inputs: list[Input], *, wait: bool = False) -> list[Input]:
+    async def _settle(
+        self, inputs: list[Input], *, wait: bool = False, alone: bool = False
+    ) -> list[Input]:
         """Commits a batch, whatever it takes; returns what another worker holds.
 
         The same batch is run again until its outcome is known: a commit whose answer was lost is
-        recognised by its own inbox rows.
+        recognised by its own inbox rows. With `alone` its one entry may be what ends the process.
         """
         pause = 0.05
         while True:
             try:
+                if alone:
+                    inputs, alone = [await self._suspected(one) for one in inputs], False
                 return await self._settle_shielded(inputs, wait=wait)
             except StoreError as error:
                 self._progress_at = time.monotonic()  # it lives, its store does not
@@ -297,6 +306,23 @@ class Worker:
                 )
                 await self._pause(pause)
                 pause = min(2 * pause, 10.0)
+
+    async def _suspected(self, one: Input) -> Input:
+        """Notes that an entry is tried alone; a fault where that has ended processes before."""
+        if not isinstance(one, Delivery) or one.envelope is None:
+            return one
+        entry = (one.topic, one.entry_id)
+        if entry in self._tried:
+            return one  # by this process, which lives
+        tries = await self.cycle.note_try(one, TRIES_ALONE_MAX)
+        self._tried.add(entry)
+        if tries < TRIES_ALONE_MAX:
+            return one
+        text = (
+            f"handed out {one.attempt} times, {tries} times run alone, and never acknowledged: it "
+            "ends the process that works on it; it was not decoded"
+        )
+        return msgspec.structs.replace(one, fault=text)
 
     async def _settle_shielded(self, inputs: list[Input], *, wait: bool) -> list[Input]:
         # A cancelled commit says nothing about its outcome (protocol.md M2).
@@ -412,18 +438,7 @@ def _sorted_out(inputs: Sequence[Input]) -> tuple[list[Input], list[Input]]:
             continue
         entries.add((one.topic, one.entry_id))
         if one.attempt >= ALONE_FROM:
-            alone.append(_suspect(one))
+            alone.append(one)
         else:
             together.append(one)
     return together, alone
-
-
-def _suspect(delivery: Delivery) -> Delivery:
-    """An entry that was handed out again and again without being acknowledged."""
-    if delivery.attempt < KILLER_FROM or delivery.envelope is None:
-        return delivery
-    text = (
-        f"handed out {delivery.attempt} times and never acknowledged: it may end the process that "
-        "works on it; it was not decoded"
-    )
-    return msgspec.structs.replace(delivery, fault=text)
