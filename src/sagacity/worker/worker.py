@@ -50,8 +50,10 @@ TRIES_ALONE_MAX = 2
 
 Only these tries count: an entry is handed out again for many reasons, such as another entry of its
 batch, or a store that was away (``protocol.md`` row 22)."""
+TRIED_KEPT = 10_000
+"""How many entries that it has run alone a process remembers."""
 BUSY_ROUNDS_MAX = 5
-"""Rounds of a few milliseconds before held instances are waited for, one message at a time."""
+"""Rounds of a few milliseconds before one of the held instances is waited for."""
 FORGET_AFTER_S = 0.05
 """Published rows are forgotten with the next commit, or after this long without one."""
 
@@ -315,6 +317,8 @@ class Worker:
         if entry in self._tried:
             return one  # by this process, which lives
         tries = await self.cycle.note_try(one, TRIES_ALONE_MAX)
+        if len(self._tried) >= TRIED_KEPT:
+            self._tried.clear()
         self._tried.add(entry)
         if tries < TRIES_ALONE_MAX:
             return one
