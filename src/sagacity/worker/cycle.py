@@ -356,18 +356,19 @@ class _Sorted:
         self.index_of: dict[int, int] = {}
         places: set[object] = set()
         for index, one in enumerate(inputs):
+            if isinstance(one, Delivery):
+                self.numbered.append((index, one))
+                self._sort_delivery(catalog, index, one, refused)
+                continue
             place = _place(one)
             if place in places:
-                continue  # one that was busy, and was found due or handed out once more
+                continue  # one that was busy, and was found due once more
             places.add(place)
             if isinstance(one, DueTimeout):
                 self.numbered_timeouts.append((index, one))
-            elif isinstance(one, ParkedRow):
+            else:
                 self.parked.append(one)
                 self._route(catalog, index, one.envelope, one)
-            else:
-                self.numbered.append((index, one))
-                self._sort_delivery(catalog, index, one, refused)
 
     def _sort_delivery(
         self, catalog: Catalog, index: int, delivery: Delivery, refused: Mapping[str, str]
@@ -507,10 +508,8 @@ def _identity(one: Input) -> str:
     ).id
 
 
-def _place(one: Input) -> object:
-    """Where an input comes from: equal for copies of one row or entry, not for copies of a message."""
-    if isinstance(one, Delivery):
-        return "entry", one.topic, one.entry_id
+def _place(one: DueTimeout | ParkedRow) -> object:
+    """The row that an input comes from."""
     if isinstance(one, ParkedRow):
         return "parked", one.consumer, one.message_id
     return "timeout", one.uid, one.name, one.generation
