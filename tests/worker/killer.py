@@ -12,6 +12,7 @@ import asyncio
 import os
 import signal
 import sys
+from typing import Any
 
 from sagacity import Command, Context, Event, Saga, Service, State, handles, on
 from sagacity.backends.redis import RedisBus
@@ -56,7 +57,7 @@ service = Service("crashes", sagas=[Glass], handlers=[crash])
 async def main(store_url: str, bus_url: str, instances: str = "0") -> None:
     """Runs until the killer is a dead letter."""
     store, bus = SqlStore(store_url), RedisBus(bus_url)
-    changed = {**QUICK, "lease_s": 1.0, "attempts_max": ATTEMPTS_MAX}
+    changed: dict[str, Any] = {**QUICK, "lease_s": 1.0, "attempts_max": ATTEMPTS_MAX}
     settings = Settings(store=store_url, bus=bus_url, **changed)
     worker = Worker(service, store, bus, settings, consumer="killed")
     async with asyncio.TaskGroup() as tasks:

@@ -11,6 +11,7 @@ import asyncio
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 from sagacity import Command, Event, Saga, Service, State, on
 from sagacity.backends.redis import RedisBus
@@ -75,7 +76,12 @@ def out_of_order(published: Iterable[Envelope]) -> list[str]:
 async def main(store_url: str, bus_url: str, consumer: str) -> None:
     """Runs a worker whose relay takes every row at once, beside the worker itself."""
     store, bus = SqlStore(store_url), RedisBus(bus_url)
-    changed = {**QUICK, "pending_age_ms": 1, "sweep_interval_ms": 10, "batch_max": 20}
+    changed: dict[str, Any] = {
+        **QUICK,
+        "pending_age_ms": 1,
+        "sweep_interval_ms": 10,
+        "batch_max": 20,
+    }
     worker = Worker(
         service, store, bus, Settings(store=store_url, bus=bus_url, **changed), consumer=consumer
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from typing import Any
 
 import anyio
 import pytest
@@ -61,10 +62,9 @@ class Sizes:
     def __init__(self) -> None:
         self.largest = 0
 
-    def notice(self, name: str, attributes: object) -> None:
+    def notice(self, name: str, attributes: Mapping[str, object]) -> None:
         if name == "batch.committed":
-            assert isinstance(attributes, dict)
-            self.largest = max(self.largest, attributes["inputs"])
+            self.largest = max(self.largest, int(str(attributes["inputs"])))
 
 
 service = Service("held", sagas=[Held])
@@ -73,12 +73,14 @@ service = Service("held", sagas=[Held])
 @asynccontextmanager
 async def working(
     store: MemoryStore, bus: MemoryBus, sizes: Sizes | None = None
-) -> AsyncIterator[Worker]:
-    settings = Settings(
-        store="memory:",
-        bus="memory:",
-        **{**QUICK, "reclaim_idle_ms": 300, "reclaim_interval_ms": 20, "read_block_ms": 20},
-    )
+) -> AsyncGenerator[Worker]:
+    changed: dict[str, Any] = {
+        **QUICK,
+        "reclaim_idle_ms": 300,
+        "reclaim_interval_ms": 20,
+        "read_block_ms": 20,
+    }
+    settings = Settings(store="memory:", bus="memory:", **changed)
     worker = Worker(service, store, bus, settings, consumer="w", observer=sizes)
     with anyio.fail_after(30):
         async with anyio.create_task_group() as tasks:
@@ -88,7 +90,7 @@ async def working(
 
 
 @asynccontextmanager
-async def locked(store: MemoryStore, key: str) -> AsyncIterator[None]:
+async def locked(store: MemoryStore, key: str) -> AsyncGenerator[None]:
     """Holds an instance as another worker does in the middle of a batch."""
     async with store.transaction() as transaction:
         loaded = await transaction.load({"Held": {key}})

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -62,13 +61,13 @@ class Faulty(MemoryStore):
         if self.faults.get(what):
             raise self.faults[what].pop(0)
 
-    async def claim(self, *args: Any) -> list[Task]:
+    async def claim(self, consumers: Mapping[str, int], lease_us: int, gap_us: int) -> list[Task]:
         self._fault("claim")
-        return await super().claim(*args)
+        return await super().claim(consumers, lease_us, gap_us)
 
-    async def renew(self, *args: Any) -> list[Task]:
+    async def renew(self, renewed: Sequence[Task], lease_us: int) -> list[Task]:
         self._fault("renew")
-        return await super().renew(*args)
+        return await super().renew(renewed, lease_us)
 
     async def finish(self, finishes: Sequence[Finish]) -> list[PendingRow]:
         if self.before_finish is not None:
@@ -83,7 +82,7 @@ class Faulty(MemoryStore):
 @asynccontextmanager
 async def running(
     store: MemoryStore, handler: Handler, *, lease_us: int = 30_000_000, attempts_max: int = 3
-) -> AsyncIterator[Participants]:
+) -> AsyncGenerator[Participants]:
     service = Service("work", handlers=[handler.do])
 
     async def publish(pending: Sequence[PendingRow]) -> None:

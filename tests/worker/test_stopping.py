@@ -72,7 +72,8 @@ async def test_a_stop_while_due_messages_are_being_found() -> None:
 async def _live(place: Site, shop: Shop, name: str, turns: int, *, kill: bool) -> None:
     """One worker that is told to end after some turns of the loop; fails if it does not in time."""
     store, bus = SqlStore(place.store_url), RedisBus(place.bus_url)
-    settings = Settings(store=place.store_url, bus=place.bus_url, **{**QUICK, "lease_s": 1.0})
+    changed: dict[str, Any] = {**QUICK, "lease_s": 1.0}
+    settings = Settings(store=place.store_url, bus=place.bus_url, **changed)
     worker = Worker(shop.service(), store, bus, settings, consumer=name)
     before = asyncio.all_tasks()
     with anyio.fail_after(10):
@@ -146,6 +147,7 @@ async def test_an_end_while_a_server_does_not_answer(
         worker = Worker(shop.service(), store, redis_bus, settings, consumer="w")
         if not joined:
             frozen.freeze()
+        began = 0.0
         with anyio.fail_after(60):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(worker.run)
