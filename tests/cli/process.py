@@ -8,12 +8,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 20.0
+
+
+@contextmanager
+def _usual_signals() -> Iterator[None]:
+    """A child inherits what is ignored, and whoever runs the tests may ignore SIGHUP (nohup) or SIGINT."""
+    before = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGHUP, signal.SIGTERM)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Command:
@@ -44,7 +57,14 @@ class Command:
         self._output = ""
 
     def __enter__(self) -> Self:
-        self._process = subprocess.Popen(
+        with _usual_signals():
+            self._process = self._started()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        return self
+
+    def _started(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
             self._arguments,
             cwd=self._directory,
             env=self._environment,
@@ -54,9 +74,6 @@ class Command:
             text=True,
             errors="replace",
         )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._process.poll() is None:
