@@ -223,9 +223,11 @@ class Store(Protocol):
 class OutboxStore(Protocol):
     """The relay's view of a store."""
 
-    async def pending(self, older_than: int, limit: int) -> list[PendingRow]:
+    async def pending(self, older_than: int, limit: int, after: int = 0) -> list[PendingRow]:
         """Whole prefixes, in seq order, of lanes that have a pending row created at or before
         `older_than`; at most `limit` rows, never a lane's later row without its earlier ones.
+
+        Rows up to number `after` are left out: for a relay that has looked at those already.
         """
         ...
 

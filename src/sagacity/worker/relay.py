@@ -13,7 +13,7 @@ import logging
 import anyio
 
 from sagacity.core.errors import BusError, BusUnavailable, StoreError, Unavailable
-from sagacity.ports import Bus, Clock, Observer, OutboxStore
+from sagacity.ports import Bus, Clock, Observer, OutboxStore, PendingRow
 
 log = logging.getLogger(__name__)
 
@@ -72,37 +72,49 @@ class Relay:
         return len(rows)
 
     async def _one_lane_at_a_time(self, older_than: int) -> int:
-        """One row is unacceptable to the bus: publish the others around its lane."""
-        rows = await self.store.pending(older_than, self.limit)
+        """The bus refuses some row: publish everything else around its lane, page by page."""
         blocked: set[str] = set()
-        sent: list[int] = []
-        for row in rows:
-            lane = row.lane or f"#{row.seq}"
-            if lane in blocked:
-                continue
+        told: set[str] = set()
+        moved = after = 0
+        while rows := await self.store.pending(older_than, self.limit, after):
+            after = rows[-1].seq
+            sent: list[int] = []
             try:
-                await self.bus.publish([row.envelope])
-            except BusUnavailable:
-                break
-            except BusError as error:
-                blocked.add(lane)
-                tries = self._refused[row.envelope.id] = self._refused.get(row.envelope.id, 0) + 1
-                if tries in (1, 10) or tries % 100 == 0:
-                    log.error(  # noqa: TRY400 - known, told again at each tenth try
-                        "Bus refuses a message, its lane waits",
-                        extra={
-                            "message_id": row.envelope.id,
-                            "type": row.envelope.type,
-                            "tries": tries,
-                            "error": str(error),
-                        },
-                    )
-            else:
-                self._refused.pop(row.envelope.id, None)
-                sent.append(row.seq)
-        if sent:
-            await self.store.published(sent)
-        return len(sent)
+                for row in rows:
+                    if row.lane and row.lane in blocked:
+                        continue
+                    try:
+                        await self.bus.publish([row.envelope])
+                    except BusUnavailable:
+                        raise
+                    except BusError as error:
+                        blocked.add(row.lane)
+                        self._tell_refusal(row, error, told)
+                    else:
+                        self._refused.pop(row.envelope.id, None)
+                        sent.append(row.seq)
+            finally:
+                if sent:
+                    await self.store.published(sent)
+                moved += len(sent)
+        return moved
+
+    def _tell_refusal(self, row: PendingRow, error: BusError, told: set[str]) -> None:
+        """One line for a topic and a sweep, the first time and then at each hundredth try."""
+        tries = self._refused[row.envelope.id] = self._refused.get(row.envelope.id, 0) + 1
+        if row.envelope.topic in told or (tries not in (1, 10) and tries % 100):
+            return
+        told.add(row.envelope.topic)
+        log.error(
+            "Bus refuses a message, its lane waits",
+            extra={
+                "message_id": row.envelope.id,
+                "type": row.envelope.type,
+                "topic": row.envelope.topic,
+                "tries": tries,
+                "error": str(error),
+            },
+        )
 
     async def run(self, interval_s: float = 0.5) -> None:
         """Sweeps until `stop`; waits out servers that are away, with one log line each time."""

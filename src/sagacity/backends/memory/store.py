@@ -146,14 +146,19 @@ class MemoryStore:
 
     # --- outbox ---------------------------------------------------------------------------------
 
-    async def pending(self, older_than: int, limit: int) -> list[PendingRow]:
+    async def pending(self, older_than: int, limit: int, after: int = 0) -> list[PendingRow]:
         """Whole prefixes of lanes that wait for too long; see `OutboxStore.pending`."""
         await anyio.lowlevel.checkpoint()
         tables = self.tables
-        old = [seq for seq in tables.pending if tables.outbox[seq].created_at <= older_than]
+        old = [
+            seq
+            for seq in tables.pending
+            if seq > after and tables.outbox[seq].created_at <= older_than
+        ]
         lanes = {tables.outbox[seq].lane for seq in old} - {""}
         chosen = {seq for seq in old if not tables.outbox[seq].lane}
         chosen.update(seq for lane in lanes for seq in tables.pending_of[lane])
+        chosen = {seq for seq in chosen if seq > after}
         return [tables.pending_row(seq) for seq in heapq.nsmallest(limit, chosen)]
 
     async def published(self, seqs: Sequence[int]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, Delete, delete, func, insert, literal, select, union_all
+from sqlalchemy import Connection, Delete, and_, delete, func, insert, literal, select, union_all
 from sqlalchemy.dialects import postgresql
 
 from sagacity.backends.sql.dialects import POSTGRESQL, Dialect, Given, Query, dialect_of, read
@@ -125,9 +125,11 @@ def _of_lanes(dialect: Dialect) -> tuple[Query, Given]:
     return statement, given
 
 
-def overdue(connection: Connection, older_than: int, limit: int) -> list[PendingRow]:
+def overdue(
+    connection: Connection, older_than: int, limit: int, after: int = 0
+) -> list[PendingRow]:
     """Whole prefixes of the lanes with a row created at or before `older_than`; see `OutboxStore`."""
-    old = outbox_pending.c.created_at <= older_than
+    old = and_(outbox_pending.c.created_at <= older_than, outbox_pending.c.seq > after)
     lanes = (
         select(outbox_pending.c.lane)
         .where(old)
@@ -137,7 +139,9 @@ def overdue(connection: Connection, older_than: int, limit: int) -> list[Pending
     )
     nobody = literal(b"")
     of_lanes = select(outbox_pending.c.seq).where(
-        outbox_pending.c.lane != nobody, outbox_pending.c.lane.in_(select(lanes.c.lane))
+        outbox_pending.c.lane != nobody,
+        outbox_pending.c.lane.in_(select(lanes.c.lane)),
+        outbox_pending.c.seq > after,
     )
     alone = (
         select(outbox_pending.c.seq)

@@ -106,9 +106,11 @@ class SqlStore:
 
     # -------------------------------------------------------------------------------------- outbox
 
-    async def pending(self, older_than: int, limit: int) -> list[PendingRow]:
+    async def pending(self, older_than: int, limit: int, after: int = 0) -> list[PendingRow]:
         """Whole prefixes of lanes that wait for too long; see `OutboxStore.pending`."""
-        return await self._database.read("pending", lambda c: outbox.overdue(c, older_than, limit))
+        return await self._database.read(
+            "pending", lambda c: outbox.overdue(c, older_than, limit, after)
+        )
 
     async def published(self, seqs: Sequence[int]) -> None:
         """Forgets pending rows; see `OutboxStore.published`."""
