@@ -69,8 +69,6 @@ class Arrival(msgspec.Struct, frozen=True, kw_only=True):
     """Failed attempts so far, from the parked row."""
     parked_at: int = 0
     """When it was first parked."""
-    delivery: int = -1
-    """Index of the delivery in its batch; -1 for what does not come from the bus."""
 
     @property
     def looked_up(self) -> bool:

@@ -98,7 +98,6 @@ def arrivals_of(
     envelope: Envelope,
     *,
     source: Source = Source.BUS,
-    delivery: int = -1,
     row: ParkedRow | None = None,
 ) -> list[Arrival]:
     """The arrivals of one message at the instances `keys` of one saga type.
@@ -128,7 +127,6 @@ def arrivals_of(
                 source=source,
                 attempts=row.attempts if row is not None else 0,
                 parked_at=row.parked_at if row is not None else 0,
-                delivery=delivery,
                 by=routed.lookup,
             )
         )

@@ -285,7 +285,6 @@ class Cycle:
         if lookups:
             found = await transaction.correlated(lookups)
         arrivals: list[Arrival] = []
-        batch.origin.clear()
         for index, routed, envelope, row in batch.routed:
             keys: Sequence[str] = routed.keys
             if routed.lookup is not None:
@@ -295,24 +294,20 @@ class Cycle:
                     # Everybody who had this key is finished: late, so nothing to wait for.
                     routed = msgspec.structs.replace(routed, missing="ignore")  # noqa: PLW2901
             source = Source.BUS if row is None else Source.PARKED
-            for arrival in arrivals_of(
-                routed, keys, envelope, source=source, delivery=index, row=row
-            ):
+            for arrival in arrivals_of(routed, keys, envelope, source=source, row=row):
                 arrivals.append(arrival)
-                batch.origin.append(index)
+                batch.index_of[id(arrival)] = index
         for index, timeout in batch.numbered_timeouts:
-            arrivals.append(
-                timeout_arrival(
-                    uid=timeout.uid,
-                    name=timeout.name,
-                    generation=timeout.generation,
-                    due_at=timeout.due_at,
-                    saga_type=timeout.saga_type,
-                    saga_key=timeout.saga_key,
-                )
+            arrival = timeout_arrival(
+                uid=timeout.uid,
+                name=timeout.name,
+                generation=timeout.generation,
+                due_at=timeout.due_at,
+                saga_type=timeout.saga_type,
+                saga_key=timeout.saga_key,
             )
-            batch.origin.append(index)
-        batch.index_of = {id(a): i for a, i in zip(arrivals, batch.origin, strict=True)}
+            arrivals.append(arrival)
+            batch.index_of[id(arrival)] = index
         return arrivals, len(arrivals) - len(batch.routed)
 
     async def publish(self, pending: Sequence[PendingRow]) -> bool:
@@ -352,7 +347,6 @@ class _Sorted:
         self.parked: list[ParkedRow] = []
         self.for_participants: list[Envelope] = []
         self.faults: list[tuple[Delivery, str, str]] = []
-        self.origin: list[int] = []
         self.index_of: dict[int, int] = {}
         places: set[object] = set()
         for index, one in enumerate(inputs):
