@@ -107,7 +107,7 @@ class Shelf(Saga, key="shelf"):
     shelf: str
     items: int = 0
 
-    @on(ItemCounted, starts=True, goto=counting)
+    @on(ItemCounted, starts=True, when=counting, goto=counting)
     def counted(self, event: ItemCounted) -> None:
         self.items += 1
         if event.item % 3:
