@@ -81,10 +81,13 @@ class _Batch:
         self.taken: set[tuple[str, str]] = set()
         self.seen = set(known.seen)
         self.due = set(known.timeouts)
+        self.armed: set[str] = set()
+        """Instances (uid) that set timeouts in this batch."""
         self.met: dict[tuple[str, str, str], list[str]] = {}
         """(saga type, key name, value) -> instances that took up this key in this batch."""
         self.reached: set[tuple[str, str, str]] = set()
-        """(message id, saga type, saga key) that have met."""
+        """(message id, saga type, saga key) that have met, where messages are looked up."""
+        self.looks_up = False
 
     def fold(self, arrivals: Sequence[Arrival]) -> list[Outcome]:
         """Handles each arrival in turn; the ones that found no instance once more at the end.
@@ -92,6 +95,7 @@ class _Batch:
         No result may depend on which messages share a batch: a message also meets the instances that
         took up its key earlier in this batch, which the store could not know of.
         """
+        self.looks_up = any(arrival.by is not None for arrival in arrivals)
         # A parked row that reaches several instances is taken over once, for all of them or none.
         held = {
             (a.consumer, a.envelope.id)
@@ -114,6 +118,8 @@ class _Batch:
 
         None: there is no instance so far.
         """
+        if not self.looks_up:
+            return self.arrive(arrival) if arrival.saga_key else None
         outcome: Outcome | None = None
         if arrival.saga_key:
             self.reached.add((arrival.envelope.id, arrival.saga_type, arrival.saga_key))
@@ -160,11 +166,13 @@ class _Batch:
         message_id = arrival.envelope.id
         match arrival.source:
             case Source.BUS:
-                names = {arrival.consumer}
-                if arrival.looked_up:
-                    names |= {arrival.saga_type}
-                    if not arrival.saga_key:
-                        names |= {f"{arrival.saga_type}#"}
+                if (arrival.consumer, message_id) in self.seen:
+                    return False
+                if not arrival.looked_up:
+                    return True
+                names = [arrival.saga_type]
+                if not arrival.saga_key:
+                    names.append(f"{arrival.saga_type}#")
                 return not any((name, message_id) in self.seen for name in names)
             case Source.PARKED:
                 guard = (arrival.consumer, message_id)
@@ -186,13 +194,13 @@ class _Batch:
 
     def receipt(self, arrival: Arrival, outcome: Outcome) -> None:
         """Notes in the inbox that the message has been taken."""
-        guards: list[tuple[str, str]] = []
+        guards: Sequence[tuple[str, str]] = ()
         if arrival.source is Source.BUS:
-            guards.append((arrival.consumer, arrival.envelope.id))
+            guards = ((arrival.consumer, arrival.envelope.id),)
             if arrival.looked_up and arrival.saga_key:
-                guards.append((f"{arrival.saga_type}#", arrival.envelope.id))
+                guards = (*guards, (f"{arrival.saga_type}#", arrival.envelope.id))
         elif arrival.source is Source.PARKED:
-            guards += arrival.guards
+            guards = arrival.guards
         for guard in guards:
             if guard not in self.seen:
                 self.seen.add(guard)
@@ -234,7 +242,8 @@ class _Batch:
         self.apply(arrival.envelope, instance, decision, after)
         if decision.deferred:
             return Outcome.DEFERRED
-        self.replay_deferred(place)
+        if after.ledger.deferred:
+            self.replay_deferred(place)
         return Outcome.HANDLED
 
     def decide(
@@ -260,6 +269,8 @@ class _Batch:
 
     def claim(self, place: tuple[str, str], decision: Decision) -> None:
         """Unique keys belong to one instance; raises KeyTaken for the second."""
+        if not decision.correlated:
+            return
         saga_type, saga_key = place
         claims = [(saga_type, key.name, key.value) for key in decision.correlated if key.unique]
         for claim in claims:
@@ -280,14 +291,10 @@ class _Batch:
             )
             after = _with_parked(after, ())
         self.note(after)
-        plan.outbox.extend(OutboxRow(uid, emitted) for emitted in decision.emitted)
-        replaced = {*decision.cancelled, *decision.timeouts}
-        plan.timeouts_cancelled.extend((uid, name) for name in sorted(replaced))
-        plan.timeouts = [row for row in plan.timeouts if row.uid != uid or row.name not in replaced]
-        plan.timeouts.extend(
-            TimeoutRow(uid, name, armed.generation, armed.due_at, after.type, after.key)
-            for name, armed in decision.timeouts.items()
-        )
+        for emitted in decision.emitted:
+            plan.outbox.append(OutboxRow(uid, emitted))
+        if decision.cancelled or decision.timeouts:
+            self.rearm(after, decision)
         for key in decision.correlated:
             plan.correlations.append(
                 CorrelationRow(after.type, key.name, key.value, after.key, key.unique)
@@ -309,6 +316,21 @@ class _Batch:
             )
             self.claims = {c: key for c, key in self.claims.items() if (c[0], key) != place}
         plan.transitions.append(_transition(envelope, before, after, decision))
+
+    def rearm(self, after: Instance, decision: Decision) -> None:
+        """Timeouts of one instance that are replaced, cancelled or set."""
+        plan, uid = self.plan, after.uid
+        replaced = {*decision.cancelled, *decision.timeouts}
+        plan.timeouts_cancelled.extend((uid, name) for name in sorted(replaced))
+        if uid in self.armed:
+            plan.timeouts = [
+                row for row in plan.timeouts if row.uid != uid or row.name not in replaced
+            ]
+        self.armed.add(uid)
+        plan.timeouts.extend(
+            TimeoutRow(uid, name, armed.generation, armed.due_at, after.type, after.key)
+            for name, armed in decision.timeouts.items()
+        )
 
     def replay_deferred(self, place: tuple[str, str]) -> None:
         """After a transition, early events that are handled now, in the order they came."""
@@ -443,8 +465,8 @@ class _Batch:
 
     def dequeued(self, arrival: Arrival, instance: Instance) -> Instance:
         """`instance` without the message in its queue; behind the head the next one is due at once."""
-        entry, queue = _queued(arrival), instance.ledger.parked
-        if entry not in queue:
+        queue = instance.ledger.parked
+        if not queue or (entry := _queued(arrival)) not in queue:
             return instance
         rest = tuple(other for other in queue if other != entry)
         if rest and queue[0] == entry:

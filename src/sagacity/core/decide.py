@@ -9,6 +9,7 @@ the console. It raises what the user's handler raises and changes nothing in pla
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import msgspec
 
@@ -30,6 +31,7 @@ from sagacity.core.messages import (
     CommandFailed,
     Event,
     Message,
+    MessageType,
     encode_message,
     message_type,
 )
@@ -65,6 +67,9 @@ CONTROL: tuple[type[Event], ...] = (Cancel, RetryUndo, WaiveUndo)
 FRAMEWORK: tuple[type[Event], ...] = (CommandDone, CommandFailed, TimeoutDue, *CONTROL)
 """Message types of our own that reach saga instances."""
 
+# Looked up by class, because isinstance goes the long way round through the metaclass of messages.
+_OWN_TYPES: frozenset[type[Message]] = frozenset(FRAMEWORK)
+_CONTROL_TYPES: frozenset[type[Message]] = frozenset(CONTROL)
 _CONTROL = frozenset(message_type(cls).name for cls in CONTROL)
 _TIMEOUT = message_type(TimeoutDue).name
 
@@ -112,13 +117,17 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 
 def trigger_of(envelope: Envelope, message: Message) -> tuple[Kind, str]:
     """Which rows of a transition table a message looks at."""
-    if isinstance(message, TimeoutDue):
-        return "timeout", message.name
-    if isinstance(message, CommandFailed):
-        return "failure", message.command_type
-    if isinstance(message, CommandDone):
-        return "done", message.command_type
-    return "event", envelope.type
+    if type(message) not in _OWN_TYPES:
+        return "event", envelope.type
+    match message:
+        case TimeoutDue():
+            return "timeout", message.name
+        case CommandFailed():
+            return "failure", message.command_type
+        case CommandDone():
+            return "done", message.command_type
+        case _:
+            return "event", envelope.type
 
 
 def is_control(envelope: Envelope) -> bool:
@@ -178,12 +187,12 @@ def decide(
         return _Step(definition, reborn, envelope, now, sender).run(start, message)
 
     step = _Step(definition, instance, envelope, now, sender)
-    if isinstance(message, CONTROL):
+    if type(message) in _CONTROL_TYPES:
         return step.control(message)
-    if isinstance(message, TimeoutDue) and not step.armed_as(message):
+    if kind == "timeout" and not step.armed_as(cast("TimeoutDue", message)):
         return Decision(handled=False, reason="stale timeout")
     answers = step.answers()
-    if isinstance(message, CommandDone | CommandFailed) and not answers:
+    if kind in {"done", "failure"} and not answers:
         return Decision(handled=False, reason="answers no command that is pending")
     if instance.status is not Status.RUNNING:
         if not answers:
@@ -198,14 +207,14 @@ def decide(
         return step.defer()
     if answers:
         step.answer(envelope, message)
-    if isinstance(message, TimeoutDue):
-        step.fire(message)
+    if kind == "timeout":
+        step.fire(cast("TimeoutDue", message))
     if handler is not None:
         return step.run(handler, message)
-    if isinstance(message, CommandFailed):
-        step.compensate(f"{message.command_type} failed: {message.reason}")
+    if kind == "failure":
+        step.compensate(f"{trigger} failed: {cast('CommandFailed', message).reason}")
         return step.decision("")
-    if answers or isinstance(message, TimeoutDue):
+    if answers or kind == "timeout":
         return step.decision("")
     return Decision(handled=False, reason=f"not expected in state {instance.state!r}")
 
@@ -500,32 +509,25 @@ class _Step:
                 f"{before.type} {before.key!r}: one step sends more than {limit} messages; expected "
                 "fewer; send one command for many of them, or go in several steps"
             )
-        hops = self._hops()
-        if hops > HOPS_MAX:
+        if self.hops > HOPS_MAX:
             raise LimitExceeded(
-                f"{before.type} {before.key!r}: {facts.name} would be hop {hops}; expected at most "
+                f"{before.type} {before.key!r}: {facts.name} would be hop {self.hops}; expected at most "
                 f"{HOPS_MAX}; sagas that start or answer each other in a circle never end"
             )
-        envelope = self._envelope(
-            facts.name, facts.topic, facts.version, message.body, message_id, hops
+        self.emitted.append(
+            self._command(facts, message.body, message_id, sequence=sequence)
+            if addressed
+            else self._event(facts, message.body, message_id)
         )
-        if addressed:
-            envelope = self._addressed(envelope, sequence=sequence)
-        self.emitted.append(envelope)
 
     def _emit_undo(self, undo_id: str, entry: Undoable) -> None:
         """No limit applies: what was done must be undone."""
-        envelope = self._envelope(
-            entry.undo_type,
-            entry.topic,
-            entry.undo_version,
-            entry.undo_body,
-            undo_id,
-            min(self._hops(), HOPS_MAX),
-        )
-        self.emitted.append(self._addressed(envelope, undoes=entry.command_id))
+        facts = MessageType(entry.undo_type, entry.topic, entry.undo_version, "command", "")
+        undo = self._command(facts, entry.undo_body, undo_id, undoes=entry.command_id)
+        self.emitted.append(undo)
 
-    def _hops(self) -> int:
+    @property
+    def hops(self) -> int:
         """A reply to this instance, or its timeout, goes on where it started; anything else is a
         hop further.
         """
@@ -533,33 +535,51 @@ class _Step:
         own = cause.type == _TIMEOUT or (cause.in_reply_to and cause.saga_uid == self.before.uid)
         return 1 + (before.hops if own else max(before.hops, cause.hops))
 
-    def _envelope(
-        self, name: str, topic: str, version: int, body: bytes, message_id: str, hops: int
-    ) -> Envelope:
+    def _event(self, facts: MessageType, body: bytes, message_id: str) -> Envelope:
+        ledger = self.before.ledger
         return Envelope(
             id=message_id,
-            type=name,
-            topic=topic,
-            version=version,
+            type=facts.name,
+            topic=facts.topic,
+            version=facts.version,
             body=body,
             time=self.now,
             source=self.sender.service,
-            correlation_id=self.before.ledger.correlation_id,
+            correlation_id=ledger.correlation_id,
             causation_id=self.envelope.id,
-            actor=self.before.ledger.actor,
-            hops=hops,
+            actor=ledger.actor,
+            hops=self.hops,
         )
 
-    def _addressed(self, envelope: Envelope, *, sequence: int = 0, undoes: str = "") -> Envelope:
+    def _command(
+        self,
+        facts: MessageType,
+        body: bytes,
+        message_id: str,
+        *,
+        sequence: int = 0,
+        undoes: str = "",
+    ) -> Envelope:
         """A command carries the return address."""
-        return msgspec.structs.replace(
-            envelope,
+        before, sender, ledger = self.before, self.sender, self.before.ledger
+        return Envelope(
+            id=message_id,
+            type=facts.name,
+            topic=facts.topic,
+            version=facts.version,
+            body=body,
             kind="command",
-            saga_type=self.before.type,
-            saga_key=self.before.key,
-            saga_uid=self.before.uid,
-            reply_to=self.sender.reply_to,
-            reply_topics=self.sender.reply_topics,
+            time=self.now,
+            source=sender.service,
+            correlation_id=ledger.correlation_id,
+            causation_id=self.envelope.id,
+            actor=ledger.actor,
+            hops=min(self.hops, HOPS_MAX),
+            saga_type=before.type,
+            saga_key=before.key,
+            saga_uid=before.uid,
+            reply_to=sender.reply_to,
+            reply_topics=sender.reply_topics,
             sequence=sequence,
             undoes=undoes,
         )

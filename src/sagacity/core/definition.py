@@ -106,6 +106,7 @@ class Definition:
         self.reachable = {name: reach(name, self.handlers) for name in states}
         self._encode = msgspec.json.Encoder(order="deterministic").encode
         self._decode: Callable[[bytes], Saga] = msgspec.json.Decoder(cls).decode
+        self._key_type: Any = None
 
     @property
     def sendings(self) -> tuple[Sending, ...]:
@@ -138,9 +139,12 @@ class Definition:
         if not self.key_field:
             return self.cls()
         try:
-            info = next(f for f in fields_of(self.cls) if f.name == self.key_field)
-            saga = self.cls(**{self.key_field: msgspec.convert(key, info.type, strict=False)})
-            same = self.key_of(saga) == key
+            if self._key_type is None:  # on first use, when the names in annotations exist
+                fields = {field.name: field.type for field in fields_of(self.cls)}
+                self._key_type = fields[self.key_field]
+            value = key if self._key_type is str else _converted(key, self._key_type)
+            saga = self.cls(**{self.key_field: value})
+            same = self.has_key(saga, key)
         except (msgspec.ValidationError, TypeError, HandlerError) as error:
             raise DecodeError(
                 f"{self.saga_type}: key {key!r} does not fit {self.key_field}: {error}"
@@ -157,6 +161,11 @@ class Definition:
         return key_text(
             getattr(saga, self.key_field), f"{self.saga_type}: key field {self.key_field}"
         )
+
+    def has_key(self, saga: Saga, key: str) -> bool:
+        """True where the key field of a saga object says `key`. Raises HandlerError as `key_of`."""
+        value = getattr(saga, self.key_field)
+        return bool(value == key) if type(value) is str else self.key_of(saga) == key
 
     def encode(self, saga: Saga) -> bytes:
         """A saga's data as JSON, the same bytes each time. Raises HandlerError for other values."""
@@ -185,6 +194,10 @@ class Definition:
 
     def __repr__(self) -> str:
         return f"<Definition {self.saga_type} of {len(self.states)} states>"
+
+
+def _converted(key: str, type_: Any) -> Any:
+    return msgspec.convert(key, type_, strict=False)
 
 
 def fields_of(cls: type) -> tuple[msgspec.structs.FieldInfo, ...]:

@@ -439,7 +439,7 @@ class _Handling:
         compensated, and for an undo with another topic, which could overtake its command.
         """
         turn = self._turn
-        if not all(isinstance(one, Command) for one in (command, undo) if one is not None):
+        if not isinstance(command, Command) or not (undo is None or isinstance(undo, Command)):
             raise HandlerError(
                 f"{turn.where()}: send expects commands, got {type(command).__name__}"
                 + (f" with undo {type(undo).__name__}" if undo is not None else "")
@@ -642,29 +642,30 @@ def run_handler(
     attributes = vars(saga)
     attributes["_turn"] = turn
     result = function(saga, argument) if takes else function(saga)
-    if inspect.iscoroutine(result):
+    if result is not None and inspect.iscoroutine(result):
         result = _finished(function, result)
     if result is not None:
         raise HandlerError(
             f"{turn.where()}: {function.__qualname__} returned {type(result).__name__}; expected None: "
             "a saga handler records effects with self.send, self.publish and so on"
         )
-    lost = [
-        name
-        for name in attributes
-        if name != "_turn" and not isinstance(getattr(type(saga), name, None), cached_property)
-    ]
-    if lost:
-        raise HandlerError(
-            f"{turn.where()}: {function.__qualname__} set self.{lost[0]}, which is no field of the saga "
-            f"and would be lost; expected an annotation {lost[0]}: ... in the class"
-        )
-    if turn.definition.key_field and turn.definition.key_of(saga) != turn.key:
+    if len(attributes) > 1:
+        _check_stored(saga, turn, function)
+    if turn.definition.key_field and not turn.definition.has_key(saga, turn.key):
         name = turn.definition.key_field
         raise HandlerError(
             f"{turn.where()}: {function.__qualname__} set the key field {name} to "
             f"{getattr(saga, name)!r}; expected it to stay as it is: it is the identity of the instance"
         )
+
+
+def _check_stored(saga: Saga, turn: Turn, function: Callable[..., Any]) -> None:
+    for name in vars(saga):
+        if name != "_turn" and not isinstance(getattr(type(saga), name, None), cached_property):
+            raise HandlerError(
+                f"{turn.where()}: {function.__qualname__} set self.{name}, which is no field of the "
+                f"saga and would be lost; expected an annotation {name}: ... in the class"
+            )
 
 
 def _finished(function: Callable[..., Any], coroutine: CoroutineType[Any, Any, Any]) -> object:
