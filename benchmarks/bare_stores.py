@@ -1,0 +1,226 @@
+"""The statements of `benchmarks.bare`: one for each table and batch, on the drivers themselves."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import asyncpg
+
+from benchmarks.bare_machine import Batch, Message, Row, Writes
+
+P = "sagacity_"
+SAGA = (
+    "saga_type saga_key uid version status state schema_version data ledger started_at updated_at"
+)
+SAGA_TYPES = "text bytea bytea int8 text text int4 bytea bytea int8 int8"
+INBOX = "consumer message_id outcome at"
+INBOX_TYPES = "bytea bytea text int8"
+OUTBOX = "message_id message_type destination lane headers body created_at"
+OUTBOX_TYPES = "bytea text text bytea bytea bytea int8"
+TRANSITION = (
+    "uid version saga_type saga_key at message_id message_type handler state_from state_to status "
+    "correlation_id effects entry"
+)
+TRANSITION_TYPES = "bytea int8 text bytea int8 bytea text text text text text bytea bytea bytea"
+CHANGED = SAGA.split()[2:]
+
+
+def _now() -> int:
+    return time.time_ns() // 1000
+
+
+def _check(written: int, meant: int, what: str) -> None:
+    if written != meant:
+        raise RuntimeError(f"{what}: expected to write {meant} rows, got {written}")
+
+
+# --------------------------------------------------------------------------------------- PostgreSQL
+
+
+def _arrays(types: str) -> str:
+    return ", ".join(f"${n}::{name}[]" for n, name in enumerate(types.split(), 1))
+
+
+def _insert(table: str, columns: str, types: str) -> str:
+    names = ", ".join(columns.split())
+    return (
+        f"INSERT INTO {P}{table} ({names}) SELECT {names} FROM unnest({_arrays(types)}) "
+        f"WITH ORDINALITY AS given({names}, place) ORDER BY place"
+    )
+
+
+_LOAD = (
+    f"SELECT {', '.join(SAGA.split())} FROM {P}saga WHERE (saga_type, saga_key) IN "
+    "(SELECT * FROM unnest($1::text[], $2::bytea[])) ORDER BY saga_type, saga_key "
+    "FOR NO KEY UPDATE SKIP LOCKED"
+)
+_SEEN = (
+    f"SELECT message_id FROM {P}inbox WHERE (consumer, message_id) IN "
+    "(SELECT * FROM unnest($1::bytea[], $2::bytea[]))"
+)
+_UPDATE = (
+    f"UPDATE {P}saga AS saga SET {', '.join(f'{n} = given.{n}' for n in CHANGED)} "
+    f"FROM unnest({_arrays('text bytea int8 ' + ' '.join(SAGA_TYPES.split()[2:]))}) "
+    f"AS given(saga_type, saga_key, before, {', '.join(CHANGED)}) "
+    "WHERE saga.saga_type = given.saga_type AND saga.saga_key = given.saga_key "
+    "AND saga.version = given.before"
+)
+_OUTBOX = (
+    f"WITH fresh AS ({_insert('outbox', OUTBOX, OUTBOX_TYPES)} ON CONFLICT DO NOTHING "
+    "RETURNING seq, lane, created_at), "
+    f"pending AS (INSERT INTO {P}outbox_pending SELECT seq, lane, created_at FROM fresh) "
+    "SELECT seq FROM fresh"
+)
+_FORGET = f"DELETE FROM {P}outbox_pending WHERE seq = ANY($1::int8[])"
+
+_STATEMENTS = {
+    "load": _LOAD,
+    "seen": _SEEN,
+    "insert": _insert("saga", SAGA, SAGA_TYPES) + " ON CONFLICT DO NOTHING",
+    "update": _UPDATE,
+    "inbox": _insert("inbox", INBOX, INBOX_TYPES) + " ON CONFLICT DO NOTHING",
+    "outbox": _OUTBOX,
+    "transition": _insert("transition", TRANSITION, TRANSITION_TYPES),
+    "forget": _FORGET,
+}
+# Plans are made once: with these settings, the only ones that exist use the indexes, so a plan made
+# while the tables were empty is right for ever. No general program may do so.
+_SETTINGS = {
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "jit": "off",
+    "synchronous_commit": "on",
+}
+
+
+class PostgresqlStore:
+    """One connection of asyncpg."""
+
+    def __init__(self, url: str, prefix: str) -> None:
+        self._url, self._prefix = url, prefix
+        self._connection: Any
+        self._do: dict[str, Any] = {}
+
+    async def open(self) -> None:
+        """Connects and prepares every statement."""
+        self._connection = await asyncpg.connect(self._url, server_settings=_SETTINGS)
+        for name, text in _STATEMENTS.items():
+            self._do[name] = await self._connection.prepare(text)
+
+    async def settle(
+        self, messages: Sequence[Message], published: list[int]
+    ) -> tuple[Writes, list[int]]:
+        """One transaction; returns what to publish, and the numbers of its outbox rows."""
+        do = self._do
+        await self._connection.execute("BEGIN")
+        pairs = sorted({(m.saga_type, m.saga_key) for m in messages})
+        rows = await do["load"].fetch(*map(list, zip(*pairs, strict=True)))
+        asked = [m.saga_type.encode() for m in messages], [m.id for m in messages]
+        seen = [row[0] for row in await do["seen"].fetch(*asked)]
+        writes = Batch(self._prefix, _now())(messages, rows, seen)
+        await self._write("insert", writes.inserts)
+        await self._write("update", writes.updates)
+        await self._write("inbox", writes.inbox)
+        numbers: list[int] = []
+        if writes.outbox:
+            fresh = await do["outbox"].fetch(*zip(*writes.outbox, strict=True))
+            numbers = [row[0] for row in fresh]
+            _check(len(numbers), len(writes.outbox), "outbox")
+        await self._write("transition", writes.transitions)
+        if published:
+            await do["forget"].fetch(published)
+        await self._connection.execute("COMMIT")
+        return writes, numbers
+
+    async def _write(self, name: str, rows: list[Row]) -> None:
+        if rows:
+            statement = self._do[name]
+            await statement.fetch(*zip(*rows, strict=True))
+            _check(int(statement.get_statusmsg().rpartition(" ")[2]), len(rows), name)
+
+    async def forget(self, published: list[int]) -> None:
+        """Deletes pending rows in a transaction of its own."""
+        await self._do["forget"].fetch(published)
+
+    async def close(self) -> None:
+        """Ends the connection."""
+        await self._connection.close()
+
+
+# ------------------------------------------------------------------------------------------- SQLite
+
+
+def _values(table: str, columns: str) -> str:
+    names = columns.split()
+    marks = ", ".join("?" * len(names))
+    return f"INSERT INTO {P}{table} ({', '.join(names)}) VALUES ({marks}) ON CONFLICT DO NOTHING"
+
+
+_SQLITE_LOAD = f"SELECT {', '.join(SAGA.split())} FROM {P}saga WHERE saga_type = ? AND saga_key = ?"
+_SQLITE_SEEN = f"SELECT message_id FROM {P}inbox WHERE consumer = ? AND message_id = ?"
+_SQLITE_UPDATE = (
+    f"UPDATE {P}saga SET {', '.join(f'{n} = ?{k}' for k, n in enumerate(CHANGED, 4))} "
+    "WHERE saga_type = ?1 AND saga_key = ?2 AND version = ?3"
+)
+_SQLITE_FORGET = f"DELETE FROM {P}outbox_pending WHERE seq = ?"
+
+
+class SqliteStore:
+    """One connection of sqlite3, used by whichever thread calls."""
+
+    def __init__(self, path: str, prefix: str) -> None:
+        self._prefix = prefix
+        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        for line in ("journal_mode = WAL", "synchronous = FULL", "busy_timeout = 10000"):
+            self._connection.execute(f"PRAGMA {line}")
+        self._cursor = self._connection.cursor()
+        self._last: int = self._one(f"SELECT coalesce(max(seq), 0) FROM {P}outbox")
+
+    def _one(self, statement: str) -> Any:
+        return self._connection.execute(statement).fetchone()[0]
+
+    def settle(self, messages: Sequence[Message], published: list[int]) -> tuple[Writes, list[int]]:
+        """One transaction; returns what to publish, and the numbers of its outbox rows."""
+        execute = self._cursor.execute
+        execute("BEGIN IMMEDIATE")
+        pairs = sorted({(m.saga_type, m.saga_key) for m in messages})
+        rows = [row for pair in pairs if (row := execute(_SQLITE_LOAD, pair).fetchone())]
+        asked = [(m.saga_type.encode(), m.id) for m in messages]
+        seen = [row[0] for pair in asked if (row := execute(_SQLITE_SEEN, pair).fetchone())]
+        writes = Batch(self._prefix, _now())(messages, rows, seen)
+        self._write(_values("saga", SAGA), writes.inserts)
+        self._write(_SQLITE_UPDATE, writes.updates)
+        self._write(_values("inbox", INBOX), writes.inbox)
+        # Nobody else writes, so the numbers are ours to count.
+        first = self._last + 1
+        self._last += len(writes.outbox)
+        numbers = list(range(first, self._last + 1))
+        numbered = list(zip(numbers, writes.outbox, strict=True))
+        self._write(_values("outbox", "seq " + OUTBOX), [(n, *row) for n, row in numbered])
+        pending = [(n, row[3], row[6]) for n, row in numbered]
+        self._write(_values("outbox_pending", "seq lane created_at"), pending)
+        self._write(_values("transition", TRANSITION), writes.transitions)
+        if published:
+            self._cursor.executemany(_SQLITE_FORGET, [(n,) for n in published])
+        execute("COMMIT")
+        return writes, numbers
+
+    def _write(self, statement: str, rows: list[Row]) -> None:
+        if rows:
+            self._cursor.executemany(statement, rows)
+            _check(self._cursor.rowcount, len(rows), statement)
+
+    def forget(self, published: list[int]) -> None:
+        """Deletes pending rows in a transaction of its own."""
+        self._cursor.execute("BEGIN IMMEDIATE")
+        self._cursor.executemany(_SQLITE_FORGET, [(n,) for n in published])
+        self._cursor.execute("COMMIT")
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._connection.close()
