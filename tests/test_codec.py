@@ -52,11 +52,8 @@ FULL = Envelope(
 
 def read(envelope: Envelope) -> Envelope:
     """The envelope after a journey through a stream."""
-    entry = {
-        name.encode(): value.encode() if isinstance(value, str) else value
-        for name, value in to_fields(envelope).items()
-    }
-    return from_fields(envelope.topic, entry)
+    parts = [part.encode() if isinstance(part, str) else part for part in to_fields(envelope)]
+    return from_fields(envelope.topic, dict(zip(parts[::2], parts[1::2], strict=True)))
 
 
 @pytest.mark.requirement("R1")

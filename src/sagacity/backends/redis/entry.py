@@ -1,12 +1,12 @@
 """Stream entries as Redis sends them, and the deliveries made of them.
 
-Redis replies differ by server version, by RESP protocol and by release of redis-py; everything here
-ends in one shape: a list of (entry id, fields), fields None where the payload is gone.
+Redis replies differ by server version and by RESP protocol; everything here ends in one shape: a
+list of (entry id, flat fields), the fields None where the payload is gone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -17,43 +17,25 @@ from sagacity.core.delivery import Delivery
 RAW_VALUE_BYTES_MAX = 4096
 """Of an oversized entry only this much of each field is kept for the dead letter."""
 
-Fields = Mapping[bytes, bytes]
-Entries = list[tuple[bytes | None, Fields | None]]
+Flat = Sequence[bytes]
+"""Names and values in turn."""
+Entry = tuple[bytes, Flat | None]
 
 
-def entry_size(fields: Mapping[Any, bytes | str]) -> int:
+def entry_size(fields: Sequence[bytes | str]) -> int:
     """Bytes of all field names and values, the measure of ``payload_bytes_max`` on both ends."""
-    return sum(
-        len(part) if isinstance(part, bytes) else len(str(part).encode())
-        for pair in fields.items()
-        for part in pair
-    )
+    return sum(len(part) if isinstance(part, bytes) else len(part.encode()) for part in fields)
 
 
-def streams_of(reply: Any) -> list[tuple[bytes, Entries]]:
-    """The streams of an XREADGROUP reply.
-
-    RESP2 gives a list of pairs, RESP3 a mapping, whose values redis-py wraps once more in a list.
-    """
-    if not reply:
-        return []
-    pairs: Iterable[tuple[bytes, Any]] = (
-        cast("Mapping[bytes, Any]", reply).items() if isinstance(reply, Mapping) else reply
-    )
-    return [(stream, entries_of(entries)) for stream, entries in pairs]
-
-
-def entries_of(reply: Any) -> Entries:
-    """The entries of one stream; an entry without fields has lost its payload (XADD needs one)."""
-    if not reply:
-        return []
-    if len(reply) == 1 and isinstance(reply[0], list):
-        reply = reply[0]
-    return [(entry[0], entry[1] or None) for entry in reply]
+def streams_of(reply: Any) -> list[tuple[bytes, Sequence[Entry]]]:
+    """The streams of an XREADGROUP reply: RESP2 gives a list of pairs, RESP3 a mapping."""
+    if isinstance(reply, Mapping):
+        return list(cast("Mapping[bytes, Sequence[Entry]]", reply).items())
+    return reply or []
 
 
 def delivery_of(
-    topic: str, entry_id: bytes, fields: Fields | None, *, attempt: int, bytes_max: int
+    topic: str, entry_id: bytes, flat: Flat | None, attempt: int, bytes_max: int
 ) -> Delivery:
     """The delivery of an entry; whatever cannot be a message becomes one with a fault.
 
@@ -61,9 +43,11 @@ def delivery_of(
     ``undecodable``.
     """
     entry = entry_id.decode()
-    if fields is None:
+    if flat is None:
         return lost(topic, entry, attempt=attempt)
-    size = entry_size(fields)
+    size = sum(map(len, flat))
+    parts = iter(flat)
+    fields = dict(zip(parts, parts, strict=True))
     if size > bytes_max:
         return Delivery(
             topic=topic,
@@ -103,7 +87,7 @@ def lost(topic: str, entry: str, *, attempt: int = 1) -> Delivery:
     )
 
 
-def raw_of(fields: Fields, value_bytes_max: int | None = None) -> bytes:
+def raw_of(fields: Mapping[bytes, bytes], value_bytes_max: int | None = None) -> bytes:
     """The fields as they were read, as msgpack; each value cut to `value_bytes_max` bytes."""
     return msgspec.msgpack.encode(
         {

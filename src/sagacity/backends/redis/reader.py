@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import redis.exceptions as failures
 
@@ -22,10 +22,9 @@ from sagacity.backends.redis.connection import (
     reason_of,
 )
 from sagacity.backends.redis.entry import (
-    Entries,
+    Entry,
     attempts_of,
     delivery_of,
-    entry_size,
     streams_of,
 )
 from sagacity.core.delivery import Delivery
@@ -186,10 +185,10 @@ class Reader:
             *self._command(), "COUNT", count, "STREAMS", key, after
         )
         entries = [entry for _, some in streams_of(reply) for entry in some]
-        first, last = (entries[0][0], entries[-1][0]) if entries else (None, None)
-        if first is None or last is None:
+        if not entries:
             del self._backlog[topic]
             return []
+        first, last = entries[0][0], entries[-1][0]
         attempts = await hand_outs(self._client, self._membership, key, first, last, len(entries))
         self._backlog[topic] = last.decode()
         return self._deliveries(topic, entries, attempts)
@@ -198,25 +197,17 @@ class Reader:
         return ("XREADGROUP", "GROUP", self._membership.group, self._membership.consumer)
 
     def _deliveries(
-        self, topic: str, entries: Entries, attempts: dict[bytes, int]
+        self, topic: str, entries: Sequence[Entry], attempts: dict[bytes, int]
     ) -> list[Delivery]:
-        deliveries: list[Delivery] = []
-        for entry_id, fields in entries:
-            if entry_id is None:
-                continue
-            size = entry_size(fields) if fields is not None else 0
+        bytes_max = self._membership.entry_bytes_max
+        for _, flat in entries:
+            size = sum(map(len, flat)) if flat is not None else 0
             # Rises at once, falls slowly: one reply too large costs more than some too small.
-            self._entry_bytes = max(float(size), self._entry_bytes * 0.98 + size * 0.02)
-            deliveries.append(
-                delivery_of(
-                    topic,
-                    entry_id,
-                    fields,
-                    attempt=attempts.get(entry_id, 1),
-                    bytes_max=self._membership.entry_bytes_max,
-                )
-            )
-        return deliveries
+            self._entry_bytes = max(size, self._entry_bytes * 0.98 + size * 0.02)
+        return [
+            delivery_of(topic, entry_id, flat, attempts.get(entry_id, 1), bytes_max)
+            for entry_id, flat in entries
+        ]
 
     def _count(self, limit: int) -> int:
         by_number = -(-limit // self._busy)

@@ -12,7 +12,7 @@ import anyio
 import redis.exceptions as failures
 
 from sagacity.backends.redis.connection import Client, Connector, missing_group, reason_of
-from sagacity.backends.redis.entry import delivery_of, entries_of, lost
+from sagacity.backends.redis.entry import Entry, delivery_of, lost
 from sagacity.backends.redis.reader import Membership, Reader, hand_outs
 from sagacity.core.delivery import Delivery
 from sagacity.core.errors import BusError
@@ -154,22 +154,16 @@ class RedisSubscription:
                 return "0-0", []
             raise
         following = reply[0].decode()
-        entries = entries_of(reply[1])
-        found = [(entry_id, fields) for entry_id, fields in entries if entry_id is not None]
+        entries: Sequence[Entry | None] = reply[1]
+        found = [entry for entry in entries if entry is not None]
         attempts = {}
         if found:
             attempts = await hand_outs(
                 self._shared, member, key, found[0][0], found[-1][0], 10 * _CLAIM_COUNT_MAX
             )
         deliveries = [
-            delivery_of(
-                topic,
-                entry_id,
-                fields,
-                attempt=attempts.get(entry_id, 2),
-                bytes_max=member.entry_bytes_max,
-            )
-            for entry_id, fields in found
+            delivery_of(topic, entry_id, flat, attempts.get(entry_id, 2), member.entry_bytes_max)
+            for entry_id, flat in found
         ]
         # Redis 7 names the entries whose payload is gone, and forgets them itself.
         named: list[bytes] = reply[2] if len(reply) > 2 else []
@@ -179,12 +173,12 @@ class RedisSubscription:
         return following, deliveries
 
     async def _nameless(
-        self, topic: str, cursor: str, following: str, found: Sequence[tuple[bytes, object]]
+        self, topic: str, cursor: str, following: str, found: Sequence[Entry]
     ) -> list[Delivery]:
         """The claimed entries whose payload is gone: Redis 6.2 says that there are some, not which."""
         member = self._membership
         key = member.keys[topic]
-        known = {entry_id for entry_id, _ in found}
+        known = {entry[0] for entry in found}
         gone: list[Delivery] = []
         start, end = cursor, "+" if following == "0-0" else following
         while True:
