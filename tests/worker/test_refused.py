@@ -15,7 +15,8 @@ from sagacity.core.delivery import Delivery
 from sagacity.core.errors import DataRefused
 from sagacity.core.plan import Plan
 from sagacity.testing.clock import VirtualClock
-from sagacity.worker.cycle import Cycle, due_inputs
+from sagacity.worker.cycle import Cycle
+from sagacity.worker.sorting import due_inputs
 from tests.worker.running import envelope
 from tests.worker.shop import OrderPlaced, Poke, Shop
 

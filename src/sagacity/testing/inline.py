@@ -33,10 +33,11 @@ from sagacity.ports import Bus, DeadLetter, PendingRow, Subscription
 from sagacity.recording import current_origin, recording_time
 from sagacity.service import Service
 from sagacity.testing.clock import VirtualClock
-from sagacity.worker.cycle import Cycle, due_inputs
+from sagacity.worker.cycle import Cycle
 from sagacity.worker.opening import WholeStore
 from sagacity.worker.participants import Participants
 from sagacity.worker.relay import Relay
+from sagacity.worker.sorting import due_inputs
 
 __all__ = ["Inline", "Seen"]
 
@@ -266,9 +267,7 @@ class Inline:
                 await running.subscription.ack(settled.done)
                 moved = True
             moved = bool(await running.participants.run_once()) or moved
-            if running.cycle.published:
-                gone, running.cycle.published = running.cycle.published, []
-                await self.store.published(gone)
+            await running.cycle.forget_published()
         return moved
 
     async def _next_at(self) -> int | None:

@@ -74,6 +74,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     batch_max: Annotated[
         int, _of("Batches", "Messages per transaction, at most.", ge=1, le=5000)
     ] = 300
+    batches_max: Annotated[
+        int,
+        _of(
+            "Batches",
+            "Transactions of batches at the same time, at most: while the database writes one, the"
+            " next is decided.",
+            ge=1,
+            le=64,
+        ),
+    ] = 2
     batch_wait_ms: Annotated[
         int,
         _of("Batches", "How long a batch waits to fill; 0 takes what is there.", ge=0, le=10_000),

@@ -17,12 +17,13 @@ import os
 import random
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from typing import TypeVar
 
 import anyio
 import msgspec
+from anyio.abc import TaskGroup
 
 from sagacity.core.decide import Sender
 from sagacity.core.delivery import Delivery
@@ -31,20 +32,20 @@ from sagacity.core.routing import Retry
 from sagacity.ports import Due, Observer, PendingRow, Subscription
 from sagacity.service import Service
 from sagacity.worker.config import Settings
-from sagacity.worker.cycle import Cycle, Input, Settled, due_inputs
+from sagacity.worker.cycle import Cycle, Settled
+from sagacity.worker.intake import Intake, Taken
 from sagacity.worker.janitor import Janitor
 from sagacity.worker.opening import WholeBus, WholeStore, until_reachable
 from sagacity.worker.participants import Participants
 from sagacity.worker.recovery import Recovery
 from sagacity.worker.redaction import redacted
 from sagacity.worker.relay import Relay
+from sagacity.worker.sorting import Input, Sorted, due_inputs
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-ALONE_FROM = 3
-"""An entry handed out this often is run alone: it may be what ends the process."""
 TRIES_ALONE_MAX = 2
 """An entry that was run alone this often, by processes that all ended, is a dead letter, undecoded.
 
@@ -122,7 +123,12 @@ class Worker:
         self._stopping = anyio.Event()
         self._scope = anyio.CancelScope()
         self._subscription: Subscription | None = None
-        self._due: list[Input] = []
+        self._intake = Intake()
+        self._changed = anyio.Event()
+        """A batch ended, or something is due."""
+        self._reading = False
+        self._due_open: set[int] = set()
+        """Due inputs, by identity, that were in no batch yet."""
         self._due_settled = anyio.Event()
         self._tried: set[tuple[str, str]] = set()
         """Entries (topic, entry id) that this process has run alone."""
@@ -138,6 +144,7 @@ class Worker:
     def stop(self) -> None:
         """Drains: reads nothing new, finishes what runs; `run` then returns. Call from its loop."""
         self._stopping.set()
+        self._changed.set()
         self._due_settled.set()
         self._clock_wake.set()
         self.participants.stop()
@@ -226,45 +233,70 @@ class Worker:
     # ------------------------------------------------------------------------------------ the loop
 
     async def _read_until_stopped(self) -> None:
+        """Reads while batches run, as many at a time as may; returns when all are done."""
         subscription = self._subscription
         assert subscription is not None
-        busy: list[Input] = []
-        rounds = 0
-        while not self._stopping.is_set():
-            due, self._due = self._due, []
-            inputs = [*busy, *due]
-            fresh = await self._read(subscription, taken=len(inputs))
-            self._progress_at = time.monotonic()
-            if busy and not fresh:
-                await anyio.sleep(random.uniform(0.003, 0.010))
-            together, alone = _sorted_out([*inputs, *fresh])
-            if not together and not alone:
-                continue
-            rounds = rounds + 1 if busy else 0
-            if rounds > BUSY_ROUNDS_MAX and busy:
-                # One message waits, so that at least one gets on; all others need not wait with it.
-                rounds, first = 0, busy[0]
-                alone = [one for one in alone if one is not first]
-                together = [one for one in together if one is not first]
-                busy = await self._settle([first], wait=True)
-            else:
-                busy = []
-            for one in alone:
-                busy += await self._settle([one], alone=True)
-            if together:
-                busy += await self._settle(together)
-            if due:
-                self._due_settled.set()
+        async with anyio.create_task_group() as batches:
+            while not self._stopping.is_set() or len(self._intake):
+                self._changed = anyio.Event()
+                self._start_batches(batches)
+                room = self._room()
+                if room > 0 and not self._stopping.is_set():
+                    self._take_in(await self._read(subscription, room))
+                else:
+                    await self._changed.wait()
 
-    async def _read(self, subscription: Subscription, *, taken: int) -> list[Delivery]:
-        """New entries, as many as one batch and the memory for messages in flight can hold."""
+    def _start_batches(self, batches: TaskGroup) -> None:
+        self._progress_at = time.monotonic()
+        while self._intake.running < self.settings.batches_max:
+            batch = self._intake.take(self.settings.batch_max)
+            if batch is None:
+                return
+            batches.start_soon(self._run, batch)
+
+    def _room(self) -> int:
+        """How many more entries may be held beside the batches that run."""
+        held, most = self._intake.held, self.settings.batch_max
+        by_bytes = int(self.settings.in_flight_bytes_max / self._bytes_per_message) - held
+        return max(min(most - len(self._intake), by_bytes), 0 if held else 1)
+
+    def _take_in(self, inputs: Iterable[Input]) -> list[Sorted]:
+        found = [self.cycle.sort(one) for one in inputs]
+        self._intake.add(found)
+        return found
+
+    def _wake_loop(self) -> None:
+        self._changed.set()
+        if self._reading and self._subscription is not None:
+            self._subscription.wake()
+
+    async def _run(self, batch: Taken) -> None:
+        """One batch to its end, and what another worker held of it once more, later."""
+        inputs = batch.inputs
+        busy: list[Sorted] = []
+        patient = [one for one in inputs if one.tries > BUSY_ROUNDS_MAX][:1]
+        if patient and not batch.alone:
+            # One message waits, so that at least one gets on; all others need not wait with it.
+            busy = await self._settle(patient, wait=True)
+            inputs = [one for one in inputs if one is not patient[0]]
+        if inputs:
+            busy += await self._settle(inputs, alone=batch.alone)
+        for one in busy:
+            one.tries += 1
+        if busy:
+            await anyio.sleep(random.uniform(0.003, 0.010))
+        self._intake.done(batch, busy)
+        self._due_open.difference_update(map(id, batch.inputs))
+        if not self._due_open:
+            self._due_settled.set()
+        self._wake_loop()
+
+    async def _read(self, subscription: Subscription, room: int) -> list[Delivery]:
+        """Up to `room` new entries."""
         settings = self.settings
-        room = min(
-            settings.batch_max - taken, int(settings.in_flight_bytes_max / self._bytes_per_message)
-        )
-        room = max(room, 1)
+        self._reading = True
         try:
-            fresh = await subscription.read(room, 0 if taken else settings.read_block_ms)
+            fresh = await subscription.read(room, settings.read_block_ms)
             if settings.batch_wait_ms and 0 < len(fresh) < room:
                 await self._pause(settings.batch_wait_ms / 1000)
                 fresh += await subscription.read(room - len(fresh), 0)
@@ -275,6 +307,8 @@ class Worker:
         except BusUnavailable as error:
             await self._wait_out("Bus cannot be reached", error)
             return []
+        finally:
+            self._reading = False
         for delivery in fresh:
             size = len(delivery.envelope.body) if delivery.envelope else len(delivery.raw)
             # Rises at once and falls slowly: large messages come in droves.
@@ -282,8 +316,8 @@ class Worker:
         return fresh
 
     async def _settle(
-        self, inputs: list[Input], *, wait: bool = False, alone: bool = False
-    ) -> list[Input]:
+        self, inputs: list[Sorted], *, wait: bool = False, alone: bool = False
+    ) -> list[Sorted]:
         """Commits a batch, whatever it takes; returns what another worker holds.
 
         The same batch is run again until its outcome is known: a commit whose answer was lost is
@@ -309,28 +343,29 @@ class Worker:
                 await self._pause(pause)
                 pause = min(2 * pause, 10.0)
 
-    async def _suspected(self, one: Input) -> Input:
+    async def _suspected(self, one: Sorted) -> Sorted:
         """Notes that an entry is tried alone; a fault where that has ended processes before."""
-        if not isinstance(one, Delivery) or one.envelope is None:
+        delivery = one.input
+        if not isinstance(delivery, Delivery) or delivery.envelope is None:
             return one
-        entry = (one.topic, one.entry_id)
+        entry = (delivery.topic, delivery.entry_id)
         if entry in self._tried:
             return one  # by this process, which lives
-        tries = await self.cycle.note_try(one, TRIES_ALONE_MAX)
+        tries = await self.cycle.note_try(delivery, TRIES_ALONE_MAX)
         if len(self._tried) >= TRIED_KEPT:
             self._tried.clear()
         self._tried.add(entry)
         if tries < TRIES_ALONE_MAX:
             return one
         text = (
-            f"handed out {one.attempt} times, {tries} times run alone, and never acknowledged: it "
+            f"handed out {delivery.attempt} times, {tries} times run alone, and never acknowledged: it "
             "ends the process that works on it; it was not decoded"
         )
-        return msgspec.structs.replace(one, fault=text)
+        return self.cycle.sort(msgspec.structs.replace(delivery, fault=text))
 
-    async def _settle_shielded(self, inputs: list[Input], *, wait: bool) -> list[Input]:
+    async def _settle_shielded(self, inputs: list[Sorted], *, wait: bool) -> list[Sorted]:
         # A cancelled commit says nothing about its outcome (protocol.md M2).
-        busy: list[Input] = []
+        busy: list[Sorted] = []
         began = time.monotonic()
         with anyio.CancelScope(shield=True):
             settled = await self.cycle.settle(inputs, wait=wait)
@@ -382,9 +417,8 @@ class Worker:
                 return  # the loop has ended: nobody would take them, and tell
             if inputs:
                 self._due_settled = anyio.Event()
-                self._due = inputs
-                assert self._subscription is not None
-                self._subscription.wake()
+                self._due_open = set(map(id, self._take_in(inputs)))
+                self._wake_loop()
                 await self._due_settled.wait()
                 wait_us = 5_000  # held instances come again by themselves
             elif due.next_at is not None:
@@ -396,22 +430,19 @@ class Worker:
         """Forgets published rows when no batch comes to do it on the way."""
         while not self._stopping.is_set() or self.cycle.published:
             await self._pause(FORGET_AFTER_S)
-            seqs, self.cycle.published = self.cycle.published, []
-            if not seqs:
-                continue
             try:
-                await self.store.published(seqs)
+                await self.cycle.forget_published()
             except StoreError as error:
                 if self._stopping.is_set():
                     log.warning("Published rows are left to the relay", extra={"error": str(error)})
                     return
-                self.cycle.published = seqs + self.cycle.published
 
     async def _publish_of_participants(self, pending: Sequence[PendingRow]) -> None:
         await self.cycle.publish(pending)
 
     def _republished(self, rows: int) -> None:
         if rows:
+            self.cycle.republished()
             self.relay.notify()
 
     async def _pause(self, seconds: float) -> None:
@@ -424,25 +455,3 @@ class Worker:
     async def _wait_out(self, what: str, error: Exception) -> None:
         log.warning(what, extra={"error": str(error)})
         await self._pause(random.uniform(0.5, 1.0))
-
-
-def _sorted_out(inputs: Sequence[Input]) -> tuple[list[Input], list[Input]]:
-    """What may be run together, and what is run alone: it may be what ends the process.
-
-    An entry that is held already, and was handed out once more meanwhile, is kept as it was.
-    """
-    together: list[Input] = []
-    alone: list[Input] = []
-    entries: set[tuple[str, str]] = set()
-    for one in inputs:
-        if not isinstance(one, Delivery):
-            together.append(one)
-            continue
-        if (one.topic, one.entry_id) in entries:
-            continue
-        entries.add((one.topic, one.entry_id))
-        if one.attempt >= ALONE_FROM:
-            alone.append(one)
-        else:
-            together.append(one)
-    return together, alone
