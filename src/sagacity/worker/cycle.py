@@ -173,6 +173,8 @@ class Cycle:
         taken: Mapping[tuple[str, str, str], str],
     ) -> Settled:
         batch = Batch(self.service, inputs, refused)
+        # Noted now: a batch that ends meanwhile may forget rows that this one still finds pending.
+        gone = frozenset(self._gone)
         # Whoever takes them forgets them; two batches at the same time do not both.
         published, self.published = self.published, []
         if batch.nothing_to_write and not published:
@@ -217,8 +219,7 @@ class Cycle:
         except BaseException:
             self.published = published + self.published
             raise
-        # What another batch published, and has not forgotten yet, must not leave again.
-        pending = [row for row in pending if row.seq not in self._gone]
+        pending = [row for row in pending if row.seq not in gone]
         self._gone.difference_update(published)
         counts: dict[Outcome, int] = {}
         for outcome in outcomes:
