@@ -66,6 +66,8 @@ class Cycle:
         self.observer, self.payload_bytes_max = observer, payload_bytes_max
         self.waiting = True
         """True while messages may be parked for instances that do not exist."""
+        self.missed = 0
+        """Messages parked here for instances that did not exist."""
         self.published_to: set[str] = set()
         """Topics that this process has published to."""
         self.published: list[int] = []
@@ -221,6 +223,9 @@ class Cycle:
             raise
         pending = [row for row in pending if row.seq not in gone]
         self._gone.difference_update(published)
+        missed = sum(row.reason == "missing" for row in plan.parked)
+        self.missed += missed
+        self.waiting = self.waiting or missed > 0
         counts: dict[Outcome, int] = {}
         for outcome in outcomes:
             counts[outcome] = counts.get(outcome, 0) + 1

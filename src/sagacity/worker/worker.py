@@ -407,12 +407,15 @@ class Worker:
         while not self._stopping.is_set():
             wait_us = poll_us
             self._clock_wake = anyio.Event()
+            missed = self.cycle.missed
             try:
                 due: Due = await self.store.due(saga_types, self.settings.batch_max)
             except StoreError as error:
                 await self._wait_out("Store cannot be asked for due timeouts", error)
                 continue
             inputs = due_inputs(due)
+            if self.cycle.missed == missed:
+                self.cycle.waiting = bool(inputs) or due.next_at is not None
             if self._stopping.is_set():
                 return  # the loop has ended: nobody would take them, and tell
             if inputs:
