@@ -1,4 +1,4 @@
-"""What one step costs the pure core: route, fold, and the rows of the plan. No clock, no server.
+"""What one step costs the worker's pure parts: sort, put into a batch, fold. No clock, no server.
 
 python -m benchmarks.core [--steps 30000]        microseconds of CPU per step, median of five
 """
@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from benchmarks.imports import service
 from sagacity.core.batch import plan_batch
 from sagacity.core.decide import Sender
-from sagacity.core.delivery import Envelope
+from sagacity.core.delivery import Delivery, Envelope
 from sagacity.core.instance import Instance
 from sagacity.core.plan import Known, Loaded, Plan
-from sagacity.core.routing import arrivals_of, route
+from sagacity.worker.intake import Intake
+from sagacity.worker.sorting import Batch, sorted_input
 
 BATCH = 300
 DOCUMENT = b"x" * 200
@@ -31,18 +32,21 @@ class Core:
 
     def __init__(self) -> None:
         self.catalog = service.catalog(Sender("imports"))
+        self.intake = Intake()
         self.instances: dict[tuple[str, str], Instance] = {}
         self.steps = 0
 
     def settle(self, envelopes: list[Envelope]) -> Plan:
         """One batch, as the worker runs it between its reads and its writes."""
         now = 1_700_000_000_000_000 + self.steps
-        arrivals = [
-            arrival
-            for envelope in envelopes
-            for routed in route(self.catalog, envelope)
-            for arrival in arrivals_of(routed, routed.keys, envelope)
-        ]
+        self.intake.add(
+            sorted_input(service, self.catalog, Delivery(topic=e.topic, entry_id=e.id, envelope=e))
+            for e in envelopes
+        )
+        taken = self.intake.take(BATCH)
+        assert taken is not None
+        batch = Batch(service, taken.inputs, {})
+        arrivals = batch.arrivals({})
         found = {
             place: self.instances[place]
             for arrival in arrivals
@@ -50,11 +54,13 @@ class Core:
         }
         loaded = Loaded(instances=found, busy=set())
         known = Known(seen=set(), timeouts=set(), parked=set())
+        assert {guard for arrival in arrivals for guard in arrival.guards}
         plan, _ = plan_batch(self.catalog, arrivals, loaded, known, now)
         for instance in plan.saga_inserts:
             self.instances[instance.type, instance.key] = instance
         for instance, _ in plan.saga_updates:
             self.instances[instance.type, instance.key] = instance
+        self.intake.done(taken)
         self.steps += len(envelopes)
         return plan
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -74,6 +75,9 @@ async def serve(
                 _refuse(unsafe)
             if not stopping.asked:
                 stopping.attach(worker)
+                # What the program is made of stays: no collection looks at it again.
+                gc.collect()
+                gc.freeze()
                 await worker.run()
     except SchemaError as error:
         log.error("Schema does not fit", extra={"error": str(error)})  # noqa: TRY400 - told whole

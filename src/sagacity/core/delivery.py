@@ -22,7 +22,7 @@ HOPS_MAX = 64
 """Longest chain of messages that cause each other; a longer one is taken for an endless loop."""
 
 
-class Envelope(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Envelope(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One message on its way: header and encoded body. Never changed once it is made.
 
     Times are microseconds since 1970 in UTC.
@@ -73,7 +73,7 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """W3C trace context of the span that made the message."""
 
 
-class Delivery(msgspec.Struct, frozen=True, kw_only=True):
+class Delivery(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One entry that the bus handed to this consumer.
 
     Either `envelope` is set, or `fault` says why the entry is not a message and `raw` holds it.

@@ -31,7 +31,7 @@ class Status(StrEnum):
         return self is Status.COMPLETED or self is Status.COMPENSATED
 
 
-class PendingCommand(msgspec.Struct, frozen=True, omit_defaults=True):
+class PendingCommand(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """A command of this instance that nobody has answered yet."""
 
     id: str
@@ -41,7 +41,7 @@ class PendingCommand(msgspec.Struct, frozen=True, omit_defaults=True):
     undoes: str = ""
 
 
-class Undoable(msgspec.Struct, frozen=True, omit_defaults=True):
+class Undoable(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """A command that was issued and not refused, with the command that undoes it."""
 
     command_id: str

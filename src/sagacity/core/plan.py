@@ -46,7 +46,7 @@ class Source(StrEnum):
     """A parked row; guarded by deleting the row in the same transaction."""
 
 
-class Arrival(msgspec.Struct, frozen=True, kw_only=True):
+class Arrival(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One message for one saga instance (the same message may arrive at several)."""
 
     envelope: Envelope
@@ -118,7 +118,7 @@ class Outcome(StrEnum):
     """Another worker holds the instance; neither an attempt nor an error."""
 
 
-class InboxRow(msgspec.Struct, frozen=True):
+class InboxRow(msgspec.Struct, frozen=True, gc=False):
     """A consumer has taken responsibility for a message, once and for all."""
 
     consumer: str
@@ -126,7 +126,7 @@ class InboxRow(msgspec.Struct, frozen=True):
     outcome: Outcome
 
 
-class OutboxRow(msgspec.Struct, frozen=True):
+class OutboxRow(msgspec.Struct, frozen=True, gc=False):
     """A message to publish after commit; rows of one lane leave in order."""
 
     lane: str
@@ -134,7 +134,7 @@ class OutboxRow(msgspec.Struct, frozen=True):
     envelope: Envelope
 
 
-class TimeoutRow(msgspec.Struct, frozen=True):
+class TimeoutRow(msgspec.Struct, frozen=True, gc=False):
     """A timeout of one instance. Setting the same name again replaces it."""
 
     uid: str
@@ -145,7 +145,7 @@ class TimeoutRow(msgspec.Struct, frozen=True):
     saga_key: str
 
 
-class CorrelationRow(msgspec.Struct, frozen=True):
+class CorrelationRow(msgspec.Struct, frozen=True, gc=False):
     """A further key of an instance."""
 
     saga_type: str
@@ -214,7 +214,7 @@ class DeadLetterRow(msgspec.Struct, frozen=True, kw_only=True):
         return not self.saga_type and self.consumer.endswith("!")
 
 
-class TransitionRow(msgspec.Struct, frozen=True, kw_only=True):
+class TransitionRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One line of an instance's history."""
 
     uid: str
