@@ -24,19 +24,19 @@ class Paid(Event, topic="intake"):
 
 
 class Case(Saga, key="ref"):
-    open = State()
+    opened = State()
     closed = State(final=True)
 
     ref: str
 
-    @on(Opened, starts=True, goto=open)
+    @on(Opened, starts=True, goto=opened)
     def begin(self) -> None:
         self.correlate("receipt", f"r-{self.ref}")
 
-    @on(Moved, when=open, field="refs")
+    @on(Moved, when=opened, field="refs")
     def move(self) -> None: ...
 
-    @on(Paid, when=open, goto=closed, key="receipt", field="receipt")
+    @on(Paid, when=opened, goto=closed, key="receipt", field="receipt")
     def pay(self) -> None: ...
 
 
