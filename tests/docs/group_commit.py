@@ -84,7 +84,7 @@ async def statements(url: str, size: int = SIZE) -> list[Statement]:
         taken = [delivery(MoneyTaken(f"o{n}"), n) for n in range(half)]
         before = await cycle.settle(placed[:half])
         await cycle.publish(before.pending)
-        with logged(store.engine) as sent:
+        with logged(store) as sent:
             settled = await cycle.settle([*placed[half:], *taken])
         assert sum(settled.outcomes.values()) == size
         return sent

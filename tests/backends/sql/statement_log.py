@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import event
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sagacity.backends.sql import SqlStore
 from sagacity.core.plan import Plan
@@ -41,8 +40,8 @@ class Statement:
 
 
 @contextmanager
-def logged(engine: AsyncEngine) -> Iterator[list[Statement]]:
-    """The statements of an engine while the context is open, begin and commit included."""
+def logged(store: SqlStore) -> Iterator[list[Statement]]:
+    """The statements of a store while the context is open, commit included."""
     statements: list[Statement] = []
 
     def sent(
@@ -53,13 +52,21 @@ def logged(engine: AsyncEngine) -> Iterator[list[Statement]]:
     def committed(_connection: Any) -> None:
         statements.append(Statement("COMMIT", (), many=False))
 
-    event.listen(engine.sync_engine, "before_cursor_execute", sent)
-    event.listen(engine.sync_engine, "commit", committed)
+    def watched(sql: str, parameters: Any, many: bool) -> None:
+        statements.append(Statement(sql, parameters, many))
+
+    engine, direct = store.engine.sync_engine, store._database.direct
+    event.listen(engine, "before_cursor_execute", sent)
+    event.listen(engine, "commit", committed)
+    if direct is not None:
+        direct.watcher = watched
     try:
         yield statements
     finally:
-        event.remove(engine.sync_engine, "before_cursor_execute", sent)
-        event.remove(engine.sync_engine, "commit", committed)
+        event.remove(engine, "before_cursor_execute", sent)
+        event.remove(engine, "commit", committed)
+        if direct is not None:
+            direct.watcher = None
 
 
 async def one_batch(store: SqlStore, size: int, *, base: int = 0) -> None:
@@ -105,7 +112,7 @@ async def one_batch(store: SqlStore, size: int, *, base: int = 0) -> None:
 async def _print(url: str) -> None:
     store = SqlStore(url, clock=VirtualClock())
     await store.prepare(create=True)
-    with logged(store.engine) as statements:
+    with logged(store) as statements:
         await one_batch(store, 4)
     first_commit = next(n for n, one in enumerate(statements) if one.sql == "COMMIT")
     for number, statement in enumerate(statements[first_commit + 1 :], 1):

@@ -29,9 +29,9 @@ async def test_the_number_of_statements_does_not_depend_on_the_batch(store_url: 
     store = SqlStore(store_url, clock=VirtualClock())
     try:
         await store.prepare(create=True)
-        with logged(store.engine) as few:
+        with logged(store) as few:
             await one_batch(store, 4)
-        with logged(store.engine) as many:
+        with logged(store) as many:
             await one_batch(store, 300, base=1000)
         assert [one.sql for one in few] == [one.sql for one in many]
         start = [one.sql for one in few].index("COMMIT") + 1
@@ -44,7 +44,7 @@ async def test_a_batch_writes_only_what_it_has(store_url: str) -> None:
     store = SqlStore(store_url, clock=VirtualClock())
     try:
         await store.prepare(create=True)
-        with logged(store.engine) as statements:
+        with logged(store) as statements:
             async with store.transaction() as transaction:
                 await transaction.load({"Order": ["o1"]})
                 await transaction.known([("Order", "m1")])
@@ -71,7 +71,7 @@ async def test_polling_costs_the_same_whatever_the_history(store_url: str) -> No
         async with store.transaction() as transaction:
             await transaction.write(_something_of_everything(transaction.now))
         await _fill(store.engine)
-        with logged(store.engine) as statements:
+        with logged(store) as statements:
             await _poll(store)
         polls = [one for one in statements if one.sql.startswith(("SELECT", "DELETE", "UPDATE"))]
         assert len(polls) >= 10

@@ -12,6 +12,7 @@ from sqlalchemy import Connection, inspect
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import InstanceState, Session
 
+from sagacity.backends.sql.executors import CoreExecutor
 from sagacity.backends.sql.outbox import append_rows
 from sagacity.core.delivery import ID_BYTES_MAX, Envelope, derived_id
 from sagacity.core.errors import ConfigurationError
@@ -82,7 +83,7 @@ def insert_rows(
             "outbox: the connection is in AUTOCOMMIT mode; expected a transaction that holds the events "
             "and the changes they tell of; begin one on a connection without that option"
         )
-    return append_rows(connection, rows, created_at)
+    return append_rows(CoreExecutor(connection), rows, created_at)
 
 
 def recorded_items(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 
-from sqlalchemy import Connection, text
+from sqlalchemy import text
 
-from sagacity.backends.sql.dialects import POSTGRESQL, dialect_of
+from sagacity.backends.sql.dialects import POSTGRESQL
+from sagacity.backends.sql.executors import Executor
 
 _NOW = text("SELECT CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS BIGINT)")
 
@@ -33,11 +34,11 @@ class DatabaseClock:
         """True where it is time for another look."""
         return self._set_at is None or _steady() - self._set_at > self._every_us
 
-    def look(self, connection: Connection) -> None:
+    def look(self, on: Executor) -> None:
         """Sets the clock by the database's."""
         before = _steady()
-        if dialect_of(connection) is POSTGRESQL:
-            told = int(connection.execute(_NOW).scalar_one())
+        if on.dialect is POSTGRESQL:
+            told = int(on.read(_NOW)[0][0])
         else:
             told = time.time_ns() // 1000
         after = _steady()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -10,12 +11,21 @@ import anyio
 from sqlalchemy import URL, Connection, event, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.util import await_only
 
 from sagacity.backends.sql.clock import DatabaseClock
 from sagacity.backends.sql.dialects import POSTGRESQL, SQLITE, UNHEX, Dialect, dialect_named
 from sagacity.backends.sql.errors import translated
+from sagacity.backends.sql.executors import CoreExecutor, Executor
+from sagacity.backends.sql.links import (
+    OPENED_AT,
+    AiosqliteLink,
+    AsyncpgLink,
+    CoreLink,
+    Direct,
+    Link,
+)
 from sagacity.backends.sql.turns import Turn, Turns
 from sagacity.core.errors import ConfigurationError, Unavailable
 from sagacity.ports import Clock
@@ -120,8 +130,8 @@ def _listen(target: Any, name: str, listener: Callable[..., None]) -> None:
         event.listen(target, name, listener)
 
 
-def _set_up_postgresql(connection: DBAPIConnection, record: object) -> None:
-    del record
+def _set_up_postgresql(connection: DBAPIConnection, record: Any) -> None:
+    record.info[OPENED_AT] = time.monotonic()
     cursor = connection.cursor()
     cursor.execute(_POSTGRESQL_SETTINGS)
     cursor.close()
@@ -176,17 +186,31 @@ class Database:
         self.clock: Clock = clock or DatabaseClock()
         self.deadline_s = deadline_s
         self.turns = Turns(BUSY_TIMEOUT_MS / 1000) if self.dialect is SQLITE else None
+        self.direct = _direct(engine)
         self._owned = owned
 
     async def read(self, what: str, work: Callable[[Connection], T]) -> T:
-        """Runs `work` on a connection that will not write."""
+        """Runs `work` on a connection of SQLAlchemy that will not write."""
+        async with OpenTransaction(self, what, read_only=True, core=True) as transaction:
+            return await transaction.run_core(what, work)
+
+    async def write(self, what: str, work: Callable[[Connection], T]) -> T:
+        """Runs `work` in a transaction of SQLAlchemy's and commits it."""
+        async with OpenTransaction(self, what, core=True) as transaction:
+            return await transaction.run_core(what, work)
+
+    async def query(self, what: str, work: Callable[[Executor], T]) -> T:
+        """Runs `work`, which will not write, the shortest way to the database."""
         async with OpenTransaction(self, what, read_only=True) as transaction:
             return await transaction.run(what, work)
 
-    async def write(self, what: str, work: Callable[[Connection], T]) -> T:
-        """Runs `work` in a transaction of its own and commits it."""
-        async with OpenTransaction(self, what) as transaction:
-            return await transaction.run(what, work)
+    def link(self, turn: Turn | None, *, read_only: bool, core: bool) -> Link:
+        """A link for one transaction: the driver's own where there is one, unless `core`."""
+        if core or self.direct is None:
+            return CoreLink(self.engine, {READ_ONLY: read_only, TURN: turn})
+        if self.dialect is SQLITE:
+            return AiosqliteLink(self.direct, read_only=read_only)
+        return AsyncpgLink(self.direct)
 
     async def bounded(self, what: str, action: Callable[[], Awaitable[T]]) -> T:
         """Awaits `action` shielded from cancellation, for at most the deadline.
@@ -214,6 +238,17 @@ class Database:
                 await self.engine.dispose()
 
 
+def _direct(engine: AsyncEngine) -> Direct | None:
+    """For engines whose driver we speak to; a statement that SQLAlchemy must rewrite needs SQLAlchemy."""
+    rewritten = "schema_translate_map" in engine.get_execution_options()
+    return Direct(engine) if engine.driver in {"asyncpg", "aiosqlite"} and not rewritten else None
+
+
+def _core(on: Executor) -> Connection:
+    assert isinstance(on, CoreExecutor)
+    return on.connection
+
+
 class OpenTransaction:
     """A connection inside a transaction. Leaving commits; an exception rolls back.
 
@@ -221,12 +256,15 @@ class OpenTransaction:
     not it was caught inside.
     """
 
-    def __init__(self, database: Database, what: str, *, read_only: bool = False) -> None:
+    def __init__(
+        self, database: Database, what: str, *, read_only: bool = False, core: bool = False
+    ) -> None:
+        """`core`: by a connection of SQLAlchemy, whatever the driver."""
         self._database = database
         self._what = what
         self._read_only = read_only
         self._turn = Turn(database.turns) if database.turns and not read_only else None
-        self._connection: AsyncConnection | None = None
+        self._link: Link | None = database.link(self._turn, read_only=read_only, core=core)
         self._failure: Exception | None = None
         self.now = 0
         """The store's time at the begin."""
@@ -241,25 +279,29 @@ class OpenTransaction:
         return self
 
     async def _begin(self) -> None:
-        connection = await self._database.engine.connect().start()
-        self._connection = connection
-        await connection.execution_options(**{READ_ONLY: self._read_only, TURN: self._turn})
-        await connection.begin()
+        assert self._link is not None
+        if self._turn is not None:
+            await self._turn.take()
+        await self._link.begin()
         clock = self._database.clock
         if isinstance(clock, DatabaseClock) and clock.stale:
-            await connection.run_sync(clock.look)
+            await self._link.run(clock.look)
         self.now = clock.now()
 
-    async def run(self, what: str, work: Callable[[Connection], T]) -> T:
-        """Runs a function of the plain `Connection` inside this transaction."""
-        connection = self._connection
-        if connection is None:
+    async def run(self, what: str, work: Callable[[Executor], T]) -> T:
+        """Runs a function of what sends statements inside this transaction."""
+        link = self._link
+        if link is None:
             raise Unavailable(f"{what}: the transaction has ended")
         try:
-            return await self._database.bounded(what, lambda: connection.run_sync(work))
+            return await self._database.bounded(what, lambda: link.run(work))
         except Exception as error:
             self._failure = error
             raise
+
+    async def run_core(self, what: str, work: Callable[[Connection], T]) -> T:
+        """Runs a function of SQLAlchemy's connection; for a transaction that is `core`."""
+        return await self.run(what, lambda on: work(_core(on)))
 
     async def __aexit__(
         self,
@@ -268,36 +310,34 @@ class OpenTransaction:
         trace: TracebackType | None,
     ) -> None:
         """Ends the transaction. Raises Unavailable where it is unknown whether it committed."""
-        connection = self._connection
-        if connection is None:
+        link = self._link
+        if link is None:
             return
         ended = False
         try:
             if error is None and self._failure is None and not self._read_only:
-                await self._database.bounded(f"{self._what}: commit", connection.commit)
+                await self._database.bounded(f"{self._what}: commit", link.commit)
                 ended = True
             elif not isinstance(error or self._failure, Unavailable):
-                ended = await self._rolled_back(connection)
+                ended = await self._rolled_back(link)
         finally:
             await self._give_back(broken=not ended)
         if error is None and self._failure is not None:
             raise self._failure
 
-    async def _rolled_back(self, connection: AsyncConnection) -> bool:
+    async def _rolled_back(self, link: Link) -> bool:
         try:
-            await self._database.bounded(f"{self._what}: rollback", connection.rollback)
+            await self._database.bounded(f"{self._what}: rollback", link.rollback)
         except Exception:  # noqa: BLE001 - the first error is the one to tell; this connection goes
             return False
         return True
 
     async def _give_back(self, *, broken: bool) -> None:
-        connection, self._connection = self._connection, None
+        link, self._link = self._link, None
         try:
-            if connection is not None:
+            if link is not None:
                 with anyio.move_on_after(self._database.deadline_s, shield=True):
-                    if broken:
-                        await connection.invalidate()
-                    await connection.close()
+                    await link.close(broken=broken)
         finally:
             if self._turn is not None:
                 self._turn.give_up()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,7 +20,6 @@ from sqlalchemy import (
     Boolean,
     ColumnElement,
     Connection,
-    CursorResult,
     Delete,
     FromClause,
     Integer,
@@ -50,6 +49,8 @@ Row = tuple[Any, ...]
 """Values of one row in the order of the columns it is for."""
 
 if TYPE_CHECKING:
+    from sagacity.backends.sql.executors import Executor
+
     Query = Select[*tuple[Any, ...]]
     """A statement that reads rows of whatever columns."""
 else:
@@ -103,7 +104,7 @@ class Dialect(ABC):
     @abstractmethod
     def insert(
         self,
-        connection: Connection,
+        on: Executor,
         table: Table,
         columns: tuple[str, ...],
         rows: Sequence[Row],
@@ -115,7 +116,7 @@ class Dialect(ABC):
     @abstractmethod
     def update(
         self,
-        connection: Connection,
+        on: Executor,
         table: Table,
         match: tuple[str, ...],
         change: tuple[str, ...],
@@ -127,13 +128,13 @@ class Dialect(ABC):
         """
 
     def delete(
-        self, connection: Connection, table: Table, columns: tuple[str, ...], rows: Sequence[Row]
+        self, on: Executor, table: Table, columns: tuple[str, ...], rows: Sequence[Row]
     ) -> int:
         """Deletes the rows with these values and returns how many."""
         if not rows:
             return 0
         statement, given = _delete(self, table, columns)
-        return connection.execute(statement, given.arguments(rows)).rowcount
+        return on.write(statement, given.arguments(rows))
 
     def locked(
         self, statement: Query, of: Table, *, wait: bool = True, weak: bool = False
@@ -157,7 +158,7 @@ class SqliteDialect(Dialect):
 
     def insert(
         self,
-        connection: Connection,
+        on: Executor,
         table: Table,
         columns: tuple[str, ...],
         rows: Sequence[Row],
@@ -166,11 +167,11 @@ class SqliteDialect(Dialect):
     ) -> int:
         """One prepared statement, run for every row."""
         statement = _sqlite_insert(table, columns, replace)
-        return _executemany(connection, statement, columns, rows)
+        return on.write_each(statement, columns, rows)
 
     def update(
         self,
-        connection: Connection,
+        on: Executor,
         table: Table,
         match: tuple[str, ...],
         change: tuple[str, ...],
@@ -179,7 +180,7 @@ class SqliteDialect(Dialect):
         """One prepared statement, run for every row."""
         statement = _sqlite_update(table, match, change)
         names = [f"old_{name}" for name in match] + [f"new_{name}" for name in change]
-        return _executemany(connection, statement, names, rows)
+        return on.write_each(statement, names, rows)
 
 
 class PostgresqlDialect(Dialect):
@@ -193,7 +194,7 @@ class PostgresqlDialect(Dialect):
 
     def insert(
         self,
-        connection: Connection,
+        on: Executor,
         table: Table,
         columns: tuple[str, ...],
         rows: Sequence[Row],
@@ -204,11 +205,11 @@ class PostgresqlDialect(Dialect):
         if not rows:
             return 0
         statement, given = _postgresql_insert(table, columns, replace)
-        return _rows_written(connection.execute(statement, given.arguments(rows), **_COUNTED))
+        return on.write(statement, given.arguments(rows))
 
     def update(
         self,
-        connection: Connection,
+        on: Executor,
         table: Table,
         match: tuple[str, ...],
         change: tuple[str, ...],
@@ -218,7 +219,7 @@ class PostgresqlDialect(Dialect):
         if not rows:
             return 0
         statement, given = _postgresql_update(table, match, change)
-        return connection.execute(statement, given.arguments(rows)).rowcount
+        return on.write(statement, given.arguments(rows))
 
     def locked(
         self, statement: Query, of: Table, *, wait: bool = True, weak: bool = False
@@ -248,6 +249,11 @@ def dialect_named(name: str) -> Dialect:
 def dialect_of(connection: Connection) -> Dialect:
     """The dialect of an open connection."""
     return dialect_named(connection.dialect.name)
+
+
+def read(connection: Connection, statement: Query) -> Sequence[Any]:
+    """All rows of a statement."""
+    return connection.execute(statement).all()
 
 
 @cache
@@ -309,24 +315,6 @@ def _sqlite_update(table: Table, match: tuple[str, ...], change: tuple[str, ...]
         .where(*(table.c[name] == bindparam(f"old_{name}") for name in match))
         .values({name: bindparam(f"new_{name}") for name in change})
     )
-
-
-_COUNTED: Any = {"execution_options": {"preserve_rowcount": True}}
-
-
-def _rows_written(result: CursorResult[Any]) -> int:
-    """How many rows an insert wrote; SQLAlchemy forgets it unless told otherwise."""
-    assert result.rowcount >= 0, "the driver does not count rows"
-    return result.rowcount
-
-
-def _executemany(
-    connection: Connection, statement: Any, names: Sequence[str], rows: Sequence[Row]
-) -> int:
-    parameters = [dict(zip(names, row, strict=True)) for row in rows]
-    if not parameters:
-        return 0
-    return _rows_written(connection.execute(statement, parameters, **_COUNTED))
 
 
 # -------------------------------------------------------------------------------------- PostgreSQL
@@ -394,16 +382,15 @@ def _postgresql_update(
     return statement, given
 
 
-# ----------------------------------------------------------------------------------------- reading
+# -------------------------------------------------------------------------------------- savepoints
+
+SAVEPOINT = text("SAVEPOINT sagacity_wait")
+RELEASE = text("RELEASE SAVEPOINT sagacity_wait")
+ROLL_BACK = text("ROLLBACK TO SAVEPOINT sagacity_wait")
+"""PostgreSQL: the one savepoint of ours, around statements that may wait for too long."""
 
 
-def read(
-    connection: Connection, statement: Query, arguments: Mapping[str, Any] | None = None
-) -> Sequence[Any]:
-    """All rows of a statement."""
-    return connection.execute(statement, arguments or {}).all()
-
-
-def savepoint_timeout(milliseconds: int) -> Any:
+@cache
+def lock_timeout(milliseconds: int) -> Any:
     """PostgreSQL: how long statements of this transaction or savepoint wait for a lock."""
     return text(f"SET LOCAL lock_timeout = {int(milliseconds)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import sqlite3
 
 from sqlalchemy.exc import DBAPIError, InterfaceError, InvalidRequestError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -76,7 +77,7 @@ def translated(error: Exception, what: str) -> Exception:
     if isinstance(error, OverflowError):
         return DataRefused(f"{what}: expected numbers of at most 64 bits: {error}")
     if isinstance(error, DBAPIError):
-        return _from_driver(error, what)
+        return _from_driver(error.orig, what)
     if isinstance(error, PoolTimeout):
         return Unavailable(f"{what}: all connections of the pool are in use: {_line(error)}")
     if isinstance(error, OSError | asyncio.TimeoutError | EOFError):
@@ -86,7 +87,11 @@ def translated(error: Exception, what: str) -> Exception:
     state = _sqlstate(error)
     if state is not None:  # asyncpg raises its own errors while it connects
         return _from_state(state, what, error)
+    if isinstance(error, sqlite3.Error):
+        return _from_driver(error, what)
     if _of_driver(error):
+        if isinstance(error, ValueError):  # asyncpg could not encode a value
+            return _without_code(error, what)
         return Unavailable(f"{what}: the connection is broken: {_line(error)}")
     if isinstance(error, SQLAlchemyError):
         return StoreError(f"{what}: {_line(error)}")
@@ -111,14 +116,17 @@ def lost_to_others(error: Exception) -> bool:
     return code is not None and (code & 0xFF) in _SQLITE_UNAVAILABLE
 
 
-def _from_driver(error: DBAPIError, what: str) -> StoreError:
-    driver = error.orig
+def _from_driver(driver: BaseException | None, what: str) -> StoreError:
     state = _sqlstate(driver)
     if state is not None:
         return _from_state(state, what, driver)
     code = getattr(driver, "sqlite_errorcode", None)
     if code is not None:
         return _from_sqlite(code, what, driver)
+    return _without_code(driver, what)
+
+
+def _without_code(driver: BaseException | None, what: str) -> StoreError:
     # Without a code the driver never heard from the server, or refused a value by itself.
     name = type(driver).__name__
     if name in {"DataError", "ProgrammingError"} or isinstance(driver, ValueError | TypeError):

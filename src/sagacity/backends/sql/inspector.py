@@ -20,6 +20,7 @@ from sqlalchemy import (
 )
 
 from sagacity.backends.sql.dialects import Dialect, Given, Query, dialect_of, read
+from sagacity.backends.sql.executors import CoreExecutor
 from sagacity.backends.sql.marks import mark_pending
 from sagacity.backends.sql.outbox import append_rows
 from sagacity.backends.sql.rows import (
@@ -146,8 +147,8 @@ def replay(connection: Connection, ids: Sequence[int], now: int) -> int:
     statement, given = _replayable(dialect)
     letters = [
         dead_letter_of(row)
-        for row in read(
-            connection, statement, given.arguments([(id_,) for id_ in sorted(set(ids))])
+        for row in connection.execute(
+            statement, given.arguments([(id_,) for id_ in sorted(set(ids))])
         )
     ]
     if not letters:
@@ -157,7 +158,7 @@ def replay(connection: Connection, ids: Sequence[int], now: int) -> int:
         (parked_row(_parked_again(letter, now)) for letter in letters if letter not in unrouted),
         key=lambda r: r[:2],
     )
-    parked_now = dialect.insert(connection, parked, PARKED_COLUMNS, rows)
+    parked_now = dialect.insert(CoreExecutor(connection), parked, PARKED_COLUMNS, rows)
     _publish_again(connection, unrouted, now)
     marked, given = _mark_replayed(dialect)
     connection.execute(
@@ -171,9 +172,10 @@ def _publish_again(connection: Connection, letters: Sequence[DeadLetter], now: i
     if not letters:
         return
     keys = sorted({(one.row.consumer.encode(), one.row.message_id.encode()) for one in letters})
-    dialect_of(connection).delete(connection, inbox, ("consumer", "message_id"), keys)
+    on = CoreExecutor(connection)
+    on.dialect.delete(on, inbox, ("consumer", "message_id"), keys)
     rows = [OutboxRow("", decode_entry(letter.row.entry)) for letter in letters]
-    append_rows(connection, rows, now)
+    append_rows(on, rows, now)
     # What came out of this outbox is there, and has left long ago.
     mark_pending(connection, outbox.c.message_id.in_([message_id for _, message_id in keys]))
 

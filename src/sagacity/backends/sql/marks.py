@@ -9,6 +9,7 @@ from sqlalchemy import ColumnElement, Connection, delete, func, or_, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from sagacity.backends.sql.dialects import POSTGRESQL, dialect_of, read
+from sagacity.backends.sql.executors import CoreExecutor
 from sagacity.backends.sql.tables import meta, outbox, outbox_pending, publish_mark
 from sagacity.core.errors import Conflict
 from sagacity.ports import Lost, Mark, Witness
@@ -62,24 +63,24 @@ def _mark(row: Any) -> Mark:
 
 def record(connection: Connection, marks: Sequence[Mark], dropped: Sequence[Mark]) -> None:
     """Adds marks and forgets others; see `MarkStore.record`."""
-    dialect = dialect_of(connection)
+    on = CoreExecutor(connection)
     gone = sorted({(mark.topic, mark.at) for mark in dropped})
-    dialect.delete(connection, publish_mark, ("topic", "at"), gone)
+    on.dialect.delete(on, publish_mark, ("topic", "at"), gone)
     last = {(mark.topic, mark.at): mark for mark in marks}
     rows = sorted(
         (mark.topic, mark.at, mark.entry_id.encode(), mark.max_seq) for mark in last.values()
     )
-    dialect.insert(connection, publish_mark, MARK_COLUMNS, rows, replace=True)
+    on.dialect.insert(on, publish_mark, MARK_COLUMNS, rows, replace=True)
 
 
 def republish(
     connection: Connection, lost: Sequence[Lost], *, seen: Witness, epoch: str, identity: str
 ) -> int:
     """Makes rows pending again and remembers the bus; see `MarkStore.republish`."""
-    dialect = dialect_of(connection)
+    on = CoreExecutor(connection)
     names = ("name", "value")
     # The two rows are the lock that workers who all see the loss go through; make sure they are there.
-    dialect.insert(connection, meta, names, [(EPOCH_NAME, b""), (IDENTITY_NAME, b"")])
+    on.dialect.insert(on, meta, names, [(EPOCH_NAME, b""), (IDENTITY_NAME, b"")])
     bus = _bus(connection, lock=True)
     if (bus[EPOCH_NAME], bus[IDENTITY_NAME]) != (seen.epoch, seen.identity):
         raise Conflict(
@@ -100,7 +101,7 @@ def republish(
             )
         )
     remembered = [(EPOCH_NAME, epoch.encode()), (IDENTITY_NAME, identity.encode())]
-    dialect.insert(connection, meta, names, remembered, replace=True)
+    on.dialect.insert(on, meta, names, remembered, replace=True)
     return count
 
 

@@ -1,7 +1,7 @@
 """Outbox rows: written in the caller's transaction, pending until the bus has them.
 
-All functions take a plain `Connection`, so they serve our own transactions, the user's sessions and
-anyone with an open SQLAlchemy Core transaction alike.
+All functions take an `Executor`, so they serve our own transactions, the user's sessions and anyone
+with an open SQLAlchemy Core transaction alike.
 """
 
 from __future__ import annotations
@@ -10,17 +10,29 @@ from collections.abc import Collection, Sequence
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, Delete, and_, delete, func, insert, literal, select, union_all
+from sqlalchemy import (
+    BindParameter,
+    Delete,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    literal,
+    select,
+    union_all,
+)
 from sqlalchemy.dialects import postgresql
 
-from sagacity.backends.sql.dialects import POSTGRESQL, Dialect, Given, Query, dialect_of, read
+from sagacity.backends.sql.dialects import POSTGRESQL, Dialect, Given, Query
+from sagacity.backends.sql.executors import Executor
 from sagacity.backends.sql.rows import OUTBOX_COLUMNS, outbox_row, pending_of
 from sagacity.backends.sql.tables import outbox, outbox_pending
 from sagacity.core.plan import OutboxRow
 from sagacity.ports import PendingRow
 
 
-def append_rows(connection: Connection, rows: Sequence[OutboxRow], now: int) -> list[PendingRow]:
+def append_rows(on: Executor, rows: Sequence[OutboxRow], now: int) -> list[PendingRow]:
     """Writes messages to publish after commit, in order; returns the rows with their numbers.
 
     A message whose id is in the outbox already is left out: equal ids are the same message. `now`
@@ -33,11 +45,11 @@ def append_rows(connection: Connection, rows: Sequence[OutboxRow], now: int) -> 
     for row in rows:
         first.setdefault(row.envelope.id.encode(), row)
     values = [outbox_row(row, now) for row in first.values()]
-    if dialect_of(connection) is POSTGRESQL:
+    if on.dialect is POSTGRESQL:
         statement, given = _postgresql_append()
-        fresh = read(connection, statement, given.arguments(values))
+        fresh = on.read(statement, given.arguments(values))
     else:
-        fresh = _sqlite_append(connection, values)
+        fresh = _sqlite_append(on, values)
     return [
         PendingRow(seq=seq, lane=first[id_].lane, created_at=now, envelope=first[id_].envelope)
         for seq, id_ in fresh
@@ -65,19 +77,18 @@ def _postgresql_append() -> tuple[Query, Given]:
     return select(fresh.c.seq, fresh.c.message_id).order_by(fresh.c.seq).add_cte(pending), given
 
 
-def _sqlite_append(connection: Connection, values: Sequence[tuple[Any, ...]]) -> Sequence[Any]:
+def _sqlite_append(on: Executor, values: Sequence[tuple[Any, ...]]) -> Sequence[Any]:
     # Nobody else writes during our transaction, so whatever is above the mark is ours.
-    mark = connection.execute(select(func.coalesce(func.max(outbox.c.seq), 0))).scalar_one()
-    dialect_of(connection).insert(connection, outbox, OUTBOX_COLUMNS, values)
+    mark = on.read(select(func.coalesce(func.max(outbox.c.seq), 0)))[0][0]
+    on.dialect.insert(on, outbox, OUTBOX_COLUMNS, values)
     above = outbox.c.seq > mark
-    connection.execute(
+    on.write(
         insert(outbox_pending).from_select(
             ["seq", "lane", "created_at"],
             select(outbox.c.seq, outbox.c.lane, outbox.c.created_at).where(above),
         )
     )
-    return read(
-        connection,
+    return on.read(
         select(outbox.c.seq, outbox.c.message_id).where(above).order_by(outbox.c.seq),
     )
 
@@ -95,7 +106,7 @@ _JOINED = outbox_pending.join(outbox, outbox.c.seq == outbox_pending.c.seq)
 
 
 def prefix(
-    connection: Connection, own: Sequence[PendingRow], forgotten: Collection[int] = ()
+    on: Executor, own: Sequence[PendingRow], forgotten: Collection[int] = ()
 ) -> list[PendingRow]:
     """All pending rows of the lanes of `own`, and `own` itself, in the order of their numbers.
 
@@ -105,14 +116,12 @@ def prefix(
     lanes = sorted({row.lane for row in own if row.lane})
     if not lanes:
         return list(own)
-    statement, given = _of_lanes(dialect_of(connection))
+    statement, given = _of_lanes(on.dialect)
     known = {row.seq for row in own}
     known.update(forgotten)
     older = [
         pending_of(row)
-        for row in read(
-            connection, statement, given.arguments([(lane.encode(),) for lane in lanes])
-        )
+        for row in on.read(statement, given.arguments([(lane.encode(),) for lane in lanes]))
         if row.seq not in known
     ]
     return sorted([*older, *own], key=lambda row: row.seq)
@@ -125,11 +134,17 @@ def _of_lanes(dialect: Dialect) -> tuple[Query, Given]:
     return statement, given
 
 
-def overdue(
-    connection: Connection, older_than: int, limit: int, after: int = 0
-) -> list[PendingRow]:
+def overdue(on: Executor, older_than: int, limit: int, after: int = 0) -> list[PendingRow]:
     """Whole prefixes of the lanes with a row created at or before `older_than`; see `OutboxStore`."""
-    old = and_(outbox_pending.c.created_at <= older_than, outbox_pending.c.seq > after)
+    arguments = {"older_than": older_than, "most": limit, "after": after}
+    return [pending_of(row) for row in on.read(_overdue(), arguments)]
+
+
+@cache
+def _overdue() -> Query:
+    limit: BindParameter[int] = bindparam("most")
+    after: BindParameter[int] = bindparam("after")
+    old = and_(outbox_pending.c.created_at <= bindparam("older_than"), outbox_pending.c.seq > after)
     lanes = (
         select(outbox_pending.c.lane)
         .where(old)
@@ -152,21 +167,20 @@ def overdue(
     )
     chosen = union_all(of_lanes, select(alone.c.seq)).subquery("chosen")
     first = select(chosen.c.seq).order_by(chosen.c.seq).limit(limit)
-    statement = (
+    return (
         select(*_ROW)
         .select_from(_JOINED)
         .where(outbox_pending.c.seq.in_(first))
         .order_by(outbox_pending.c.seq)
     )
-    return [pending_of(row) for row in read(connection, statement)]
 
 
-def forget(connection: Connection, seqs: Collection[int]) -> None:
+def forget(on: Executor, seqs: Collection[int]) -> None:
     """Deletes pending rows that the bus has; one that is gone, or going, is no error."""
     if not seqs:
         return
-    statement, given = _forget(dialect_of(connection))
-    connection.execute(statement, given.arguments([(seq,) for seq in sorted(seqs)]))
+    statement, given = _forget(on.dialect)
+    on.write(statement, given.arguments([(seq,) for seq in sorted(seqs)]))
 
 
 @cache

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from functools import cache
 
-from sqlalchemy import Connection, Update, bindparam, or_, select, update
+from sqlalchemy import Update, bindparam, or_, select, update
 
 from sagacity.backends.sql import outbox
-from sagacity.backends.sql.dialects import Dialect, Given, Query, Row, dialect_of, read
+from sagacity.backends.sql.dialects import Dialect, Given, Query, Row
+from sagacity.backends.sql.executors import Executor
 from sagacity.backends.sql.rows import (
     CORRELATION_COLUMNS,
     DEAD_LETTER_COLUMNS,
@@ -53,32 +54,32 @@ from sagacity.core.plan import (
 from sagacity.ports import PendingRow
 
 
-def write_plan(connection: Connection, plan: Plan, published: Sequence[int]) -> list[PendingRow]:
+def write_plan(on: Executor, plan: Plan, published: Sequence[int]) -> list[PendingRow]:
     """Writes a plan in the order of its lists; see `sagacity.ports.Transaction.write`."""
-    _write_sagas(connection, plan)
-    _write_inbox(connection, plan)
-    _write_correlations(connection, plan)
-    own = outbox.append_rows(connection, plan.outbox, plan.now)
-    _write_timeouts(connection, plan)
-    _write_parked(connection, plan)
-    write_records(connection, plan.dead_letters, plan.transitions)
-    outbox.forget(connection, published)
-    return outbox.prefix(connection, own, published)
+    _write_sagas(on, plan)
+    _write_inbox(on, plan)
+    _write_correlations(on, plan)
+    own = outbox.append_rows(on, plan.outbox, plan.now)
+    _write_timeouts(on, plan)
+    _write_parked(on, plan)
+    write_records(on, plan.dead_letters, plan.transitions)
+    outbox.forget(on, published)
+    return outbox.prefix(on, own, published)
 
 
-def _write_sagas(connection: Connection, plan: Plan) -> None:
-    dialect = dialect_of(connection)
+def _write_sagas(on: Executor, plan: Plan) -> None:
+    dialect = on.dialect
     rows = sorted(saga_row(instance) for instance in plan.saga_inserts)
-    written = dialect.insert(connection, saga, SAGA_COLUMNS, rows)
+    written = dialect.insert(on, saga, SAGA_COLUMNS, rows)
     _all(written, rows, "new instances", "another worker started them first")
     rows = sorted(saga_change(instance, before) for instance, before in plan.saga_updates)
-    written = dialect.update(connection, saga, SAGA_MATCH, SAGA_CHANGE, rows)
+    written = dialect.update(on, saga, SAGA_MATCH, SAGA_CHANGE, rows)
     _all(written, rows, "instances at the expected version", "another worker changed them")
 
 
-def _write_inbox(connection: Connection, plan: Plan) -> None:
+def _write_inbox(on: Executor, plan: Plan) -> None:
     rows = sorted(inbox_row(row, plan.now) for row in plan.inbox)
-    written = dialect_of(connection).insert(connection, inbox, INBOX_COLUMNS, rows)
+    written = on.dialect.insert(on, inbox, INBOX_COLUMNS, rows)
     _all(written, rows, "unseen messages", "another worker handled them")
 
 
@@ -92,30 +93,30 @@ def _all(written: int, rows: Sequence[Row], what: str, why: str) -> None:
 # ------------------------------------------------------------------------------------ correlations
 
 
-def _write_correlations(connection: Connection, plan: Plan) -> None:
-    dialect = dialect_of(connection)
+def _write_correlations(on: Executor, plan: Plan) -> None:
+    dialect = on.dialect
     dropped = sorted({(kind, key.encode()) for kind, key in plan.correlations_dropped})
-    dialect.delete(connection, correlation, ("saga_type", "saga_key"), dropped)
+    dialect.delete(on, correlation, ("saga_type", "saga_key"), dropped)
     rows = sorted({correlation_row(row) for row in plan.correlations})
-    written = dialect.insert(connection, correlation, CORRELATION_COLUMNS, rows)
+    written = dialect.insert(on, correlation, CORRELATION_COLUMNS, rows)
     if written != len(rows):
         # Something was there: harmless, unless it is a unique value of somebody else.
-        _check_owners(connection, [row for row in plan.correlations if row.unique])
+        _check_owners(on, [row for row in plan.correlations if row.unique])
     past = sorted(
         {(kind, name, value.encode(), plan.now) for kind, name, value in plan.correlations_past}
     )
     columns = ("saga_type", "name", "value", "at")
-    dialect.insert(connection, correlation_past, columns, past, replace=True)
+    dialect.insert(on, correlation_past, columns, past, replace=True)
 
 
-def _check_owners(connection: Connection, rows: Collection[CorrelationRow]) -> None:
+def _check_owners(on: Executor, rows: Collection[CorrelationRow]) -> None:
     if not rows:
         return
-    statement, given = _owners(dialect_of(connection))
+    statement, given = _owners(on.dialect)
     asked = [(row.saga_type, row.name, row.value.encode()) for row in rows]
     owners = {
         (found.saga_type, found.name, found.value.decode()): found.saga_key.decode()
-        for found in read(connection, statement, given.arguments(asked))
+        for found in on.read(statement, given.arguments(asked))
     }
     for row in rows:
         owner = owners.get((row.saga_type, row.name, row.value), row.saga_key)
@@ -136,31 +137,31 @@ def _owners(dialect: Dialect) -> tuple[Query, Given]:
 # ------------------------------------------------------------------------------ timeouts and parked
 
 
-def _write_timeouts(connection: Connection, plan: Plan) -> None:
-    dialect = dialect_of(connection)
+def _write_timeouts(on: Executor, plan: Plan) -> None:
+    dialect = on.dialect
     keys = sorted({(uid.encode(), name.encode()) for uid, name in plan.timeouts_cancelled})
-    dialect.delete(connection, timeout, ("uid", "name"), keys)
+    dialect.delete(on, timeout, ("uid", "name"), keys)
     last = {(row.uid, row.name): row for row in plan.timeouts}
     rows = sorted(timeout_row(row) for row in last.values())
-    dialect.insert(connection, timeout, TIMEOUT_COLUMNS, rows, replace=True)
+    dialect.insert(on, timeout, TIMEOUT_COLUMNS, rows, replace=True)
 
 
-def _write_parked(connection: Connection, plan: Plan) -> None:
-    dialect = dialect_of(connection)
+def _write_parked(on: Executor, plan: Plan) -> None:
+    dialect = on.dialect
     keys = sorted({(who.encode(), id_.encode()) for who, id_ in plan.unparked})
-    written = dialect.delete(connection, parked, ("consumer", "message_id"), keys)
+    written = dialect.delete(on, parked, ("consumer", "message_id"), keys)
     _all(written, keys, "parked messages", "another worker took them over")
     rows = sorted((parked_row(row) for row in plan.parked), key=lambda row: row[:2])
-    written = dialect.insert(connection, parked, PARKED_COLUMNS, rows)
+    written = dialect.insert(on, parked, PARKED_COLUMNS, rows)
     _all(written, rows, "messages that are not parked yet", "another worker parked them")
     if plan.released:
         statement, given = _released(dialect)
         keys = sorted({(who.encode(), id_.encode()) for who, id_ in plan.released})
-        connection.execute(statement, {**given.arguments(keys), "now": plan.now})
+        on.write(statement, {**given.arguments(keys), "now": plan.now})
     if plan.woken:
         statement, given = _woken(dialect)
         lanes = sorted({(saga_type, lane.encode()) for saga_type, lane in plan.woken})
-        connection.execute(statement, {**given.arguments(lanes), "now": plan.now})
+        on.write(statement, {**given.arguments(lanes), "now": plan.now})
 
 
 def _due_at_once() -> Update:
@@ -186,13 +187,13 @@ def _woken(dialect: Dialect) -> tuple[Update, Given]:
 
 
 def write_records(
-    connection: Connection,
+    on: Executor,
     dead_letters: Sequence[DeadLetterRow],
     transitions: Sequence[TransitionRow] = (),
 ) -> None:
     """Writes dead letters and history, which nothing can be in conflict with."""
-    dialect = dialect_of(connection)
+    dialect = on.dialect
     letters = [dead_letter_row(row) for row in dead_letters]
-    dialect.insert(connection, dead_letter, DEAD_LETTER_COLUMNS, letters)
+    dialect.insert(on, dead_letter, DEAD_LETTER_COLUMNS, letters)
     lines = [transition_row(row) for row in transitions]
-    dialect.insert(connection, transition, TRANSITION_COLUMNS, lines)
+    dialect.insert(on, transition, TRANSITION_COLUMNS, lines)

@@ -16,6 +16,7 @@ from sqlalchemy import (
 )
 
 from sagacity.backends.sql.dialects import Dialect, Query, dialect_of
+from sagacity.backends.sql.executors import CoreExecutor
 from sagacity.backends.sql.tables import (
     correlation,
     correlation_past,
@@ -81,7 +82,8 @@ def _key(table: Table) -> ColumnElement[Any]:
 
 def _finished(connection: Connection, end: int, limit: int) -> int:
     """Deletes finished instances that have not moved since `end`, with their further keys."""
-    dialect = dialect_of(connection)
+    on = CoreExecutor(connection)
+    dialect = on.dialect
     chosen = (
         select(saga.c.saga_type, saga.c.saga_key)
         .where(saga.c.status.in_(FINISHED), saga.c.updated_at < end)
@@ -90,5 +92,5 @@ def _finished(connection: Connection, end: int, limit: int) -> int:
     rows = connection.execute(dialect.locked(chosen, saga, wait=False)).all()
     keys = sorted((row.saga_type, row.saga_key) for row in rows)
     columns = ("saga_type", "saga_key")
-    dialect.delete(connection, correlation, columns, keys)
-    return dialect.delete(connection, saga, columns, keys)
+    dialect.delete(on, correlation, columns, keys)
+    return dialect.delete(on, saga, columns, keys)

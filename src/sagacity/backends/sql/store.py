@@ -7,12 +7,13 @@ from functools import cache
 from types import TracebackType
 from typing import Any
 
-from sqlalchemy import URL, Connection, Table, bindparam, func, select
+from sqlalchemy import URL, Table, bindparam, func, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sagacity.backends.sql import inspector, marks, migrations, outbox, retention, tasks
 from sagacity.backends.sql.database import Database, OpenTransaction, configure, open_engine
-from sagacity.backends.sql.dialects import Dialect, Given, Query, dialect_of, read
+from sagacity.backends.sql.dialects import Dialect, Given, Query
+from sagacity.backends.sql.executors import Executor
 from sagacity.backends.sql.rows import due_timeout_of, parked_of
 from sagacity.backends.sql.tables import IS_OF_SAGA, parked, timeout
 from sagacity.backends.sql.transaction import SqlTransaction
@@ -102,20 +103,21 @@ class SqlStore:
     async def due(self, saga_types: Collection[str], limit: int) -> Due:
         """Timeouts and parked messages that are due; at most `limit` of each, oldest first."""
         now = self.clock.now()
-        return await self._database.read("due", lambda c: _due(c, saga_types, now, limit))
+        return await self._database.query("due", lambda c: _due(c, saga_types, now, limit))
 
     # -------------------------------------------------------------------------------------- outbox
 
     async def pending(self, older_than: int, limit: int, after: int = 0) -> list[PendingRow]:
         """Whole prefixes of lanes that wait for too long; see `OutboxStore.pending`."""
-        return await self._database.read(
+        return await self._database.query(
             "pending", lambda c: outbox.overdue(c, older_than, limit, after)
         )
 
     async def published(self, seqs: Sequence[int]) -> None:
         """Forgets pending rows; see `OutboxStore.published`."""
         if seqs:
-            await self._database.write("published", lambda c: outbox.forget(c, seqs))
+            async with OpenTransaction(self._database, "published") as opened:
+                await opened.run("published", lambda on: outbox.forget(on, seqs))
 
     async def append(self, rows: Sequence[OutboxRow]) -> list[PendingRow]:
         """Writes outbox rows in a transaction of their own; see `OutboxStore.append`."""
@@ -127,7 +129,7 @@ class SqlStore:
     async def claim(self, consumers: Mapping[str, int], lease_us: int, gap_us: int) -> list[Task]:
         """Hands out due tasks; see `TaskStore.claim`."""
         now = self.clock.now()
-        chosen = await self._database.read(
+        chosen = await self._database.query(
             "claim", lambda c: tasks.candidates(c, consumers, now, gap_us)
         )
         if not chosen:
@@ -160,14 +162,16 @@ class SqlStore:
     async def next_task_at(self, consumers: Collection[str]) -> int | None:
         """When the next parked task will be due; see `TaskStore.next_task_at`."""
         now = self.clock.now()
-        return await self._database.read("next task", lambda c: tasks.next_due(c, consumers, now))
+        return await self._database.query("next task", lambda c: tasks.next_due(c, consumers, now))
 
     # ----------------------------------------------------------------------------------- operators
 
     async def clean(self, keep: Retention, limit: int) -> int:
         """Deletes what is old; see `RetentionStore.clean`."""
-        async with OpenTransaction(self._database, "clean") as opened:
-            return await opened.run("clean", lambda c: retention.clean(c, keep, opened.now, limit))
+        async with OpenTransaction(self._database, "clean", core=True) as opened:
+            return await opened.run_core(
+                "clean", lambda c: retention.clean(c, keep, opened.now, limit)
+            )
 
     async def sagas(
         self,
@@ -207,8 +211,8 @@ class SqlStore:
 
     async def replay(self, ids: Sequence[int]) -> int:
         """Parks dead letters again; see `Inspector.replay`."""
-        async with OpenTransaction(self._database, "replay") as opened:
-            return await opened.run("replay", lambda c: inspector.replay(c, ids, opened.now))
+        async with OpenTransaction(self._database, "replay", core=True) as opened:
+            return await opened.run_core("replay", lambda c: inspector.replay(c, ids, opened.now))
 
     async def counts(self) -> dict[str, int]:
         """Rows that matter to an operator; see `Inspector.counts`."""
@@ -259,25 +263,25 @@ class TransactionContext:
         await self._opened.__aexit__(kind, error, trace)
 
 
-def _append(connection: Connection, rows: Sequence[OutboxRow], now: int) -> list[PendingRow]:
-    return outbox.prefix(connection, outbox.append_rows(connection, rows, now))
+def _append(on: Executor, rows: Sequence[OutboxRow], now: int) -> list[PendingRow]:
+    return outbox.prefix(on, outbox.append_rows(on, rows, now))
 
 
-def _finish(connection: Connection, finishes: Sequence[Finish], now: int) -> list[PendingRow]:
-    _, written = tasks.end(connection, finishes, now)
-    return outbox.prefix(connection, written)
+def _finish(on: Executor, finishes: Sequence[Finish], now: int) -> list[PendingRow]:
+    _, written = tasks.end(on, finishes, now)
+    return outbox.prefix(on, written)
 
 
 # --------------------------------------------------------------------------------------------- due
 
 
-def _due(connection: Connection, saga_types: Collection[str], now: int, limit: int) -> Due:
+def _due(on: Executor, saga_types: Collection[str], now: int, limit: int) -> Due:
     due = Due(timeouts=[], parked=[], next_at=None)
     if not saga_types:
         return due
     asked = [(saga_type,) for saga_type in sorted(saga_types)]
-    timeouts, next_timeout = _due_of(connection, timeout, asked, now, limit)
-    parked_rows, next_parked = _due_of(connection, parked, asked, now, limit)
+    timeouts, next_timeout = _due_of(on, timeout, asked, now, limit)
+    parked_rows, next_parked = _due_of(on, parked, asked, now, limit)
     due.timeouts = [due_timeout_of(row) for row in timeouts]
     due.parked = [parked_of(row) for row in parked_rows]
     due.next_at = min((at for at in (next_timeout, next_parked) if at is not None), default=None)
@@ -285,17 +289,17 @@ def _due(connection: Connection, saga_types: Collection[str], now: int, limit: i
 
 
 def _due_of(
-    connection: Connection, table: Table, asked: list[tuple[str]], now: int, limit: int
+    on: Executor, table: Table, asked: list[tuple[str]], now: int, limit: int
 ) -> tuple[Sequence[Any], int | None]:
     """The rows that are due, and when the next one will be."""
-    dialect = dialect_of(connection)
+    dialect = on.dialect
     statement, given = _due_rows(dialect, table)
     arguments = {**given.arguments(asked), "now": now}
-    rows = read(connection, statement, {**arguments, "most": limit})
+    rows = on.read(statement, {**arguments, "most": limit})
     if len(rows) == limit:
         return rows, now  # there may be more that are due already
     statement, _ = _next_due(dialect, table)
-    return rows, connection.execute(statement, arguments).scalar_one()
+    return rows, on.read(statement, arguments)[0][0]
 
 
 @cache

@@ -15,7 +15,6 @@ from uuid import uuid4
 import msgspec
 from sqlalchemy import (
     ColumnElement,
-    Connection,
     Update,
     and_,
     bindparam,
@@ -29,7 +28,8 @@ from sqlalchemy import (
 )
 
 from sagacity.backends.sql import outbox
-from sagacity.backends.sql.dialects import Dialect, Given, Query, dialect_of, read
+from sagacity.backends.sql.dialects import Dialect, Given, Query
+from sagacity.backends.sql.executors import Executor
 from sagacity.backends.sql.plan_writer import write_records
 from sagacity.backends.sql.rows import lenient, parked_of
 from sagacity.backends.sql.tables import IS_WORK, lane, parked, tombstone
@@ -83,7 +83,7 @@ def _ready() -> ColumnElement[bool]:
 
 
 def candidates(
-    connection: Connection, consumers: Mapping[str, int], now: int, gap_us: int
+    on: Executor, consumers: Mapping[str, int], now: int, gap_us: int
 ) -> list[tuple[Key, bytes]]:
     """(key, lane) of rows that look ready, read without locks: one of each lane, oldest first."""
     found: list[tuple[Key, bytes]] = []
@@ -98,7 +98,7 @@ def candidates(
             "most": most * 4,
         }
         taken = 0
-        for row in read(connection, _candidates(), arguments):
+        for row in on.read(_candidates(), arguments):
             if taken == most:
                 break
             if row.lane and row.lane in lanes:
@@ -124,22 +124,22 @@ def _candidates() -> Query:
 
 
 def claim(
-    connection: Connection,
+    on: Executor,
     chosen: Sequence[tuple[Key, bytes]],
     now: int,
     lease_us: int,
     gap_us: int,
 ) -> list[Task]:
     """Leases those of the candidates that nobody else took in the meantime."""
-    dialect = dialect_of(connection)
+    dialect = on.dialect
     lanes = sorted({(name,) for _, name in chosen if name})
-    free = _lock_free_lanes(connection, lanes, now)
+    free = _lock_free_lanes(on, lanes, now)
     keys = sorted(key for key, name in chosen if not name or name in free)
     if not keys:
         return []
     statement, given = _still_ready(dialect)
     arguments = {**given.arguments(keys), "now": now, "gap_start": now - gap_us}
-    rows = read(connection, statement, arguments)
+    rows = on.read(statement, arguments)
     if not rows:
         return []
     token, until = uuid4().hex, now + lease_us
@@ -153,17 +153,17 @@ def claim(
     if taken_lanes:
         # Their lanes were free, so leases that these rows still show have run out.
         cleared, given = _forget_leases(dialect)
-        connection.execute(cleared, given.arguments(taken_lanes))
+        on.write(cleared, given.arguments(taken_lanes))
         dialect.update(
-            connection,
+            on,
             lane,
             ("lane",),
             ("token", "lease_until", "at"),
             [(name, token.encode(), until, now) for (name,) in taken_lanes],
         )
     change = ("token", "lease_until", "attempts")
-    dialect.update(connection, parked, ("consumer", "message_id"), change, leased)
-    undone = _tombstones(connection, [row.message_id for row in rows])
+    dialect.update(on, parked, ("consumer", "message_id"), change, leased)
+    undone = _tombstones(on, [row.message_id for row in rows])
     return [
         Task(
             row=msgspec.structs.replace(parked_of(row), attempts=number),
@@ -175,12 +175,12 @@ def claim(
     ]
 
 
-def _lock_free_lanes(connection: Connection, lanes: list[tuple[bytes]], now: int) -> set[bytes]:
-    dialect = dialect_of(connection)
+def _lock_free_lanes(on: Executor, lanes: list[tuple[bytes]], now: int) -> set[bytes]:
+    dialect = on.dialect
     columns = ("lane", "next_sequence", "token", "lease_until", "at")
-    dialect.insert(connection, lane, columns, [(name, 1, b"", 0, now) for (name,) in lanes])
+    dialect.insert(on, lane, columns, [(name, 1, b"", 0, now) for (name,) in lanes])
     statement, given = _free_lanes(dialect)
-    rows = read(connection, statement, {**given.arguments(lanes), "now": now})
+    rows = on.read(statement, {**given.arguments(lanes), "now": now})
     return {row.lane for row in rows}
 
 
@@ -213,11 +213,9 @@ def _forget_leases(dialect: Dialect) -> tuple[Update, Given]:
     return statement, given
 
 
-def _tombstones(connection: Connection, ids: Collection[bytes]) -> set[bytes]:
-    statement, given = _buried(dialect_of(connection))
-    return {
-        row.command_id for row in read(connection, statement, given.arguments([(i,) for i in ids]))
-    }
+def _tombstones(on: Executor, ids: Collection[bytes]) -> set[bytes]:
+    statement, given = _buried(on.dialect)
+    return {row.command_id for row in on.read(statement, given.arguments([(i,) for i in ids]))}
 
 
 @cache
@@ -226,15 +224,15 @@ def _buried(dialect: Dialect) -> tuple[Query, Given]:
     return select(tombstone.c.command_id).where(given.holds(tombstone.c.command_id)), given
 
 
-def renew(connection: Connection, tasks: Sequence[Task], now: int, lease_us: int) -> list[Task]:
+def renew(on: Executor, tasks: Sequence[Task], now: int, lease_us: int) -> list[Task]:
     """Extends the leases that are still ours; see `TaskStore.renew`."""
-    dialect, until = dialect_of(connection), now + lease_us
-    numbers = _lock_lanes(connection, tasks)
-    held = _lock_held(connection, tasks)
+    dialect, until = on.dialect, now + lease_us
+    numbers = _lock_lanes(on, tasks)
+    held = _lock_held(on, tasks)
     kept = [task for task in tasks if _key(task) in held]
     keys = sorted(_key(task) for task in kept)
     dialect.update(
-        connection,
+        on,
         parked,
         ("consumer", "message_id"),
         ("lease_until",),
@@ -242,7 +240,7 @@ def renew(connection: Connection, tasks: Sequence[Task], now: int, lease_us: int
     )
     lanes = sorted({task.row.lane.encode() for task in kept} & numbers.keys())
     dialect.update(
-        connection, lane, ("lane",), ("lease_until", "at"), [(name, until, now) for name in lanes]
+        on, lane, ("lane",), ("lease_until", "at"), [(name, until, now) for name in lanes]
     )
     return [
         Task(row=task.row, token=task.token, lease_until=until, tombstone=task.tombstone)
@@ -254,13 +252,13 @@ def _key(task: Task) -> Key:
     return task.row.consumer.encode(), task.row.message_id.encode()
 
 
-def _lock_lanes(connection: Connection, tasks: Iterable[Task]) -> dict[bytes, int]:
+def _lock_lanes(on: Executor, tasks: Iterable[Task]) -> dict[bytes, int]:
     """Lane -> its next number, locked."""
     names = sorted({(task.row.lane.encode(),) for task in tasks if task.row.lane})
     if not names:
         return {}
-    statement, given = _all_lanes(dialect_of(connection))
-    rows = read(connection, statement, given.arguments(names))
+    statement, given = _all_lanes(on.dialect)
+    rows = on.read(statement, given.arguments(names))
     return {row.lane: row.next_sequence for row in rows}
 
 
@@ -275,13 +273,13 @@ def _all_lanes(dialect: Dialect) -> tuple[Query, Given]:
     return dialect.locked(statement, lane), given
 
 
-def _lock_held(connection: Connection, tasks: Iterable[Task]) -> set[Key]:
+def _lock_held(on: Executor, tasks: Iterable[Task]) -> set[Key]:
     """Keys of the tasks whose lease is still theirs, locked."""
     asked = sorted((*_key(task), task.token.encode()) for task in tasks)
     if not asked:
         return set()
-    statement, given = _held(dialect_of(connection))
-    rows = read(connection, statement, given.arguments(asked))
+    statement, given = _held(on.dialect)
+    rows = on.read(statement, given.arguments(asked))
     return {(row.consumer, row.message_id) for row in rows}
 
 
@@ -295,24 +293,22 @@ def _held(dialect: Dialect) -> tuple[Query, Given]:
 # --------------------------------------------------------------------------------------------- end
 
 
-def end(
-    connection: Connection, finishes: Sequence[Finish], now: int
-) -> tuple[set[Key], list[PendingRow]]:
+def end(on: Executor, finishes: Sequence[Finish], now: int) -> tuple[set[Key], list[PendingRow]]:
     """Ends tasks; returns the keys of those whose lease still held, and their outbox rows.
 
     Nothing is written for a task whose lease was lost.
     """
-    dialect = dialect_of(connection)
-    numbers = _lock_lanes(connection, (finish.task for finish in finishes))
-    held = _lock_held(connection, (finish.task for finish in finishes))
+    dialect = on.dialect
+    numbers = _lock_lanes(on, (finish.task for finish in finishes))
+    held = _lock_held(on, (finish.task for finish in finishes))
     ours = sorted((f for f in finishes if _key(f.task) in held), key=lambda f: _key(f.task))
     if not ours:
         return held, []
     over = [finish for finish in ours if finish.retry_at is None]
-    dialect.delete(connection, parked, ("consumer", "message_id"), [_key(f.task) for f in over])
+    dialect.delete(on, parked, ("consumer", "message_id"), [_key(f.task) for f in over])
     again = [_tried_again(finish) for finish in ours if finish.retry_at is not None]
     change = ("due_at", "attempts", "error", "token", "lease_until")
-    dialect.update(connection, parked, ("consumer", "message_id"), change, again)
+    dialect.update(on, parked, ("consumer", "message_id"), change, again)
     buried = sorted(
         {
             (finish.task.row.envelope.undoes.encode(), finish.task.row.consumer.encode(), now)
@@ -320,10 +316,10 @@ def end(
             if finish.task.row.envelope.undoes
         }
     )
-    dialect.insert(connection, tombstone, ("command_id", "consumer", "at"), buried)
-    _free_their_lanes(connection, ours, numbers, now)
-    written = outbox.append_rows(connection, [row for f in ours for row in f.outbox], now)
-    write_records(connection, [f.dead_letter for f in ours if f.dead_letter is not None])
+    dialect.insert(on, tombstone, ("command_id", "consumer", "at"), buried)
+    _free_their_lanes(on, ours, numbers, now)
+    written = outbox.append_rows(on, [row for f in ours for row in f.outbox], now)
+    write_records(on, [f.dead_letter for f in ours if f.dead_letter is not None])
     return held, written
 
 
@@ -341,7 +337,7 @@ def _tried_again(finish: Finish) -> tuple[Any, ...]:
 
 
 def _free_their_lanes(
-    connection: Connection, finishes: Sequence[Finish], numbers: dict[bytes, int], now: int
+    on: Executor, finishes: Sequence[Finish], numbers: dict[bytes, int], now: int
 ) -> None:
     """Ends the leases of the lanes of `finishes` and counts forward commands that are over.
 
@@ -354,8 +350,8 @@ def _free_their_lanes(
         counted = finish.retry_at is None and not row.envelope.undoes
         if counted and name in after:
             after[name] = max(after[name], row.sequence + 1)
-    dialect_of(connection).update(
-        connection,
+    on.dialect.update(
+        on,
         lane,
         ("lane",),
         ("next_sequence", "token", "lease_until", "at"),
@@ -363,11 +359,11 @@ def _free_their_lanes(
     )
 
 
-def next_due(connection: Connection, consumers: Collection[str], now: int) -> int | None:
+def next_due(on: Executor, consumers: Collection[str], now: int) -> int | None:
     """When the next row of these consumers will be due; None where none waits for its time."""
-    statement, given = _next_due(dialect_of(connection))
+    statement, given = _next_due(on.dialect)
     asked = sorted((consumer.encode(),) for consumer in consumers)
-    found = connection.execute(statement, {**given.arguments(asked), "now": now}).scalar_one()
+    found = on.read(statement, {**given.arguments(asked), "now": now})[0][0]
     return None if found is None else int(found)
 
 

@@ -6,19 +6,20 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, select
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import select
 
 from sagacity.backends.sql.database import OpenTransaction
 from sagacity.backends.sql.dialects import (
+    RELEASE,
+    ROLL_BACK,
+    SAVEPOINT,
     Dialect,
     Given,
     Query,
-    dialect_of,
-    read,
-    savepoint_timeout,
+    lock_timeout,
 )
 from sagacity.backends.sql.errors import translated
+from sagacity.backends.sql.executors import Executor
 from sagacity.backends.sql.plan_writer import write_plan
 from sagacity.backends.sql.rows import instance_of
 from sagacity.backends.sql.tables import (
@@ -86,20 +87,18 @@ class SqlTransaction:
 # --------------------------------------------------------------------------------------- look-ups
 
 
-def _correlated(
-    connection: Connection, lookups: Collection[Lookup]
-) -> dict[Lookup, tuple[str, ...]]:
-    statement, given = _correlated_statement(dialect_of(connection))
+def _correlated(on: Executor, lookups: Collection[Lookup]) -> dict[Lookup, tuple[str, ...]]:
+    statement, given = _correlated_statement(on.dialect)
     asked = [(one.saga_type, one.name, one.value.encode()) for one in lookups]
     found: dict[Lookup, list[str]] = {}
-    for row in read(connection, statement, given.arguments(asked)):
+    for row in on.read(statement, given.arguments(asked)):
         lookup = Lookup(saga_type=row.saga_type, name=row.name, value=row.value.decode())
         found.setdefault(lookup, []).append(row.saga_key.decode())
     rest = [one for one in lookups if one not in found]
     if rest:
-        statement, given = _past_statement(dialect_of(connection))
+        statement, given = _past_statement(on.dialect)
         asked = [(one.saga_type, one.name, one.value.encode()) for one in rest]
-        for row in read(connection, statement, given.arguments(asked)):
+        for row in on.read(statement, given.arguments(asked)):
             found[Lookup(row.saga_type, row.name, row.value.decode())] = []
     return {lookup: tuple(sorted(keys)) for lookup, keys in found.items()}
 
@@ -119,25 +118,25 @@ def _past_statement(dialect: Dialect) -> tuple[Query, Given]:
 
 
 def _known(
-    connection: Connection,
+    on: Executor,
     inbox_keys: Pairs,
     timeout_keys: Collection[tuple[str, str, int]],
     parked_keys: Pairs,
 ) -> Known:
-    dialect = dialect_of(connection)
+    dialect = on.dialect
     known = Known(seen=set(), timeouts=set(), parked=set())
     if inbox_keys:
         statement, given = _seen(dialect)
-        rows = read(connection, statement, given.arguments(_encoded(inbox_keys)))
+        rows = on.read(statement, given.arguments(_encoded(inbox_keys)))
         known.seen = {(row.consumer.decode(), row.message_id.decode()) for row in rows}
     if timeout_keys:
         statement, given = _armed(dialect)
         asked = [(uid.encode(), name.encode(), number) for uid, name, number in timeout_keys]
-        rows = read(connection, statement, given.arguments(asked))
+        rows = on.read(statement, given.arguments(asked))
         known.timeouts = {(row.uid.decode(), row.name.decode(), row.generation) for row in rows}
     if parked_keys:
         statement, given = _still_parked(dialect)
-        rows = read(connection, statement, given.arguments(_encoded(parked_keys)))
+        rows = on.read(statement, given.arguments(_encoded(parked_keys)))
         known.parked = {(row.consumer.decode(), row.message_id.decode()) for row in rows}
     return known
 
@@ -170,14 +169,14 @@ def _still_parked(dialect: Dialect) -> tuple[Query, Given]:
 # ------------------------------------------------------------------------------------------- locks
 
 
-def _load(connection: Connection, pairs: list[tuple[str, bytes]], *, wait: bool) -> Loaded:
-    dialect = dialect_of(connection)
+def _load(on: Executor, pairs: list[tuple[str, bytes]], *, wait: bool) -> Loaded:
+    dialect = on.dialect
     rows = None
     if wait and not dialect.waits_for_writers:
-        rows = _locked_waiting(connection, pairs)
+        rows = _locked_waiting(on, pairs)
     if rows is None:
         statement, given = _load_statement(dialect, False)
-        rows = read(connection, statement, given.arguments(pairs))
+        rows = on.read(statement, given.arguments(pairs))
     loaded = [instance_of(row) for row in rows]
     instances = {(instance.type, instance.key): instance for instance in loaded}
     missing = [pair for pair in pairs if (pair[0], pair[1].decode()) not in instances]
@@ -185,25 +184,25 @@ def _load(connection: Connection, pairs: list[tuple[str, bytes]], *, wait: bool)
     if missing and not dialect.waits_for_writers:
         # Not returned means held by somebody or absent; only a look without a lock tells which.
         statement, given = _exists(dialect)
-        held = read(connection, statement, given.arguments(missing))
+        held = on.read(statement, given.arguments(missing))
         busy = {(row.saga_type, row.saga_key.decode()) for row in held}
     return Loaded(instances=instances, busy=busy)
 
 
-def _locked_waiting(connection: Connection, pairs: list[tuple[str, bytes]]) -> Any:
+def _locked_waiting(on: Executor, pairs: list[tuple[str, bytes]]) -> Any:
     """All rows, waiting in key order for each, or None when that takes too long."""
-    statement, given = _load_statement(dialect_of(connection), True)
+    statement, given = _load_statement(on.dialect, True)
     # Rare: one instance that was busy several times. Elsewhere there are no savepoints.
-    savepoint = connection.begin_nested()
+    on.write(SAVEPOINT)
     try:
-        connection.execute(savepoint_timeout(WAIT_MS))
-        rows = read(connection, statement, given.arguments(pairs))
-    except DBAPIError as error:
+        on.write(lock_timeout(WAIT_MS))
+        rows = on.read(statement, given.arguments(pairs))
+    except Exception as error:
         if not isinstance(translated(error, "load"), Conflict):
             raise
-        savepoint.rollback()
+        on.write(ROLL_BACK)
         return None
-    savepoint.commit()
+    on.write(RELEASE)
     return rows
 
 

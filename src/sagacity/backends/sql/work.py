@@ -21,6 +21,7 @@ from sagacity.backends.sql.database import (
 )
 from sagacity.backends.sql.dialects import POSTGRESQL
 from sagacity.backends.sql.errors import lost_to_others, translated
+from sagacity.backends.sql.executors import CoreExecutor, Executor
 from sagacity.backends.sql.session import SagaSession
 from sagacity.backends.sql.tasks import end
 from sagacity.core.errors import Conflict, Unavailable
@@ -91,7 +92,7 @@ class SqlWork:
         now = self._database.clock.now()
         try:
             return await connection.run_sync(
-                lambda plain: _end_or_conflict(plain, finish, now, recorded)
+                lambda plain: _end_or_conflict(CoreExecutor(plain), finish, now, recorded)
             )
         except Exception as error:
             raise translated(error, "finish") from error
@@ -136,13 +137,13 @@ async def _flushed(session: AsyncSession) -> list[PendingRow]:
 
 
 def _end_or_conflict(
-    connection: Connection, finish: Finish, now: int, recorded: list[PendingRow] | None = None
+    on: Executor, finish: Finish, now: int, recorded: list[PendingRow] | None = None
 ) -> list[PendingRow]:
-    held, written = end(connection, [finish], now)
+    held, written = end(on, [finish], now)
     if not held:
         row = finish.task.row
         raise Conflict(
             f"finish: expected the lease {finish.task.token} of message {row.message_id} for "
             f"{row.consumer}, got none; it ran out and the task is another worker's; nothing was written"
         )
-    return outbox.prefix(connection, [*(recorded or []), *written])
+    return outbox.prefix(on, [*(recorded or []), *written])
