@@ -148,7 +148,10 @@ class Load:
 
     def reply(self, name: bytes, key: bytes, cause: dict[bytes, bytes]) -> Any:
         """The framework's own reply: refused for the last step, done for an undo."""
-        facts = {"command_id": cause[b"id"].decode(), "command_type": cause[b"type"].decode()}
+        facts: dict[str, Any] = {
+            "command_id": cause[b"id"].decode(),
+            "command_type": cause[b"type"].decode(),
+        }
         if name == b"WelcomeUser":
             kind = "sagacity.CommandFailed"
             facts |= {"reason": "mailbox full", "refused": True, "attempts": 1}
