@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Literal, Protocol, cast
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
@@ -18,6 +19,8 @@ from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
+from redis.connection import HiredisRespSerializer
+from redis.utils import HIREDIS_AVAILABLE
 
 from sagacity.core.errors import BusError, BusUnavailable, ConfigurationError
 
@@ -169,6 +172,8 @@ class Connector:
                 pool = BlockingConnectionPool.from_url(
                     self._url, max_connections=connections, timeout=self._timeout_s, **options
                 )
+            if HIREDIS_AVAILABLE:
+                pool.connection_class = _packing(cast("Any", pool.connection_class))
             # Names an unknown option now, not with the first command.
             pool.connection_class(**pool.connection_kwargs)
             if connections is None:
@@ -285,6 +290,17 @@ async def close_client(client: Client) -> None:
         watchers = getattr(pool, "sentinel_manager", None)
         for watcher in watchers.sentinels if watchers is not None else ():
             await watcher.aclose()
+
+
+@cache
+def _packing(kind: Any) -> Any:
+    """Connections of `kind` that pack commands with hiredis, as redis-py does where it is not async."""
+    packer = HiredisRespSerializer()
+
+    def pack_command(_: object, *args: Any) -> list[bytes]:
+        return cast("list[bytes]", packer.pack(*args))
+
+    return type(kind.__name__, (kind,), {"pack_command": pack_command})
 
 
 def _as_sent(reply: Any, **_: Any) -> Any:

@@ -35,9 +35,9 @@ def streams_of(reply: Any) -> list[tuple[bytes, Sequence[Entry]]]:
 
 
 def delivery_of(
-    topic: str, entry_id: bytes, flat: Flat | None, attempt: int, bytes_max: int
+    topic: str, entry_id: bytes, flat: Flat | None, size: int, attempt: int, bytes_max: int
 ) -> Delivery:
-    """The delivery of an entry; whatever cannot be a message becomes one with a fault.
+    """The delivery of an entry of `size` bytes; whatever cannot be a message becomes one with a fault.
 
     A fault begins with the reason of the dead letter it will be: ``lost``, ``oversized`` or
     ``undecodable``.
@@ -45,7 +45,6 @@ def delivery_of(
     entry = entry_id.decode()
     if flat is None:
         return lost(topic, entry, attempt=attempt)
-    size = sum(map(len, flat))
     parts = iter(flat)
     fields = dict(zip(parts, parts, strict=True))
     if size > bytes_max:

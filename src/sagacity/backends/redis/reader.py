@@ -200,14 +200,14 @@ class Reader:
         self, topic: str, entries: Sequence[Entry], attempts: dict[bytes, int]
     ) -> list[Delivery]:
         bytes_max = self._membership.entry_bytes_max
-        for _, flat in entries:
+        deliveries: list[Delivery] = []
+        for entry_id, flat in entries:
             size = sum(map(len, flat)) if flat is not None else 0
             # Rises at once, falls slowly: one reply too large costs more than some too small.
             self._entry_bytes = max(size, self._entry_bytes * 0.98 + size * 0.02)
-        return [
-            delivery_of(topic, entry_id, flat, attempts.get(entry_id, 1), bytes_max)
-            for entry_id, flat in entries
-        ]
+            attempt = attempts.get(entry_id, 1)
+            deliveries.append(delivery_of(topic, entry_id, flat, size, attempt, bytes_max))
+        return deliveries
 
     def _count(self, limit: int) -> int:
         by_number = -(-limit // self._busy)

@@ -12,7 +12,7 @@ import anyio
 import redis.exceptions as failures
 
 from sagacity.backends.redis.connection import Client, Connector, missing_group, reason_of
-from sagacity.backends.redis.entry import Entry, delivery_of, lost
+from sagacity.backends.redis.entry import Entry, delivery_of, entry_size, lost
 from sagacity.backends.redis.reader import Membership, Reader, hand_outs
 from sagacity.core.delivery import Delivery
 from sagacity.core.errors import BusError
@@ -162,7 +162,14 @@ class RedisSubscription:
                 self._shared, member, key, found[0][0], found[-1][0], 10 * _CLAIM_COUNT_MAX
             )
         deliveries = [
-            delivery_of(topic, entry_id, flat, attempts.get(entry_id, 2), member.entry_bytes_max)
+            delivery_of(
+                topic,
+                entry_id,
+                flat,
+                entry_size(flat or ()),
+                attempts.get(entry_id, 2),
+                member.entry_bytes_max,
+            )
             for entry_id, flat in found
         ]
         # Redis 7 names the entries whose payload is gone, and forgets them itself.
