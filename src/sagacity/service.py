@@ -458,6 +458,10 @@ class Service:
             return _ANSWER
         return decode_framework(envelope) or self.registry.decode(envelope)
 
+    def works_on(self, type_name: str) -> bool:
+        """True where some participant here takes messages of a type."""
+        return type_name in self.commands or bool(self._subscribed.get(type_name))
+
     def participants(self, envelope: Envelope) -> Iterator[tuple[str, Participant]]:
         """Who must work on a message here, each with its inbox name."""
         command = self.commands.get(envelope.type)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
 
@@ -97,14 +97,14 @@ class _Batch:
         """
         self.looks_up = any(arrival.by is not None for arrival in arrivals)
         # A parked row that reaches several instances is taken over once, for all of them or none.
-        held = {
+        held: Collection[tuple[str, str]] = self.loaded.busy and {
             (a.consumer, a.envelope.id)
             for a in arrivals
             if a.source is Source.PARKED and (a.saga_type, a.saga_key) in self.loaded.busy
         }
         outcomes = [
             Outcome.BUSY
-            if a.source is Source.PARKED and (a.consumer, a.envelope.id) in held
+            if held and a.source is Source.PARKED and (a.consumer, a.envelope.id) in held
             else self.meet(a)
             for a in arrivals
         ]

@@ -85,7 +85,7 @@ def sorted_input(service: Service, catalog: Catalog, one: Input) -> Sorted:
         routed = route(catalog, envelope)
     except DecodeError as error:
         return Sorted(one, fault=("mistyped", str(error)))
-    if any(True for _ in service.participants(envelope)):
+    if service.works_on(envelope.type):
         return Sorted(one, routed=routed, work=True)
     if service.is_lost_command(envelope):
         text = (
