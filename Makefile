@@ -4,6 +4,8 @@
 #   make test     run all tests
 #   make check    style, types, layers, docs, tests: what a change must pass
 #   make verify   generated files in docs/ are up to date
+#   make bench    measure Sagacity, the bare parts and its peers on this machine: some 25 minutes
+#   make bench-quick   the same in one minute, without the peers
 #   make clean    remove the environment and everything built
 
 VENV ?= .venv
@@ -17,12 +19,14 @@ PYTHON ?= $(shell for each in $(PYTHONS); do \
 
 INSTALL-demo := -e .[embedded,rich] --group examples
 INSTALL-test := -e .[all] --group examples --group test
+INSTALL-bench := -e .[all] --group bench
 INSTALL-dev := -e .[all] --group dev
 # One that is there already spares the smaller ones.
 READY-demo = $(firstword $(wildcard $(VENV)/.ready-dev $(VENV)/.ready-test) $(VENV)/.ready-demo)
 READY-test = $(firstword $(wildcard $(VENV)/.ready-dev) $(VENV)/.ready-test)
+READY-bench = $(firstword $(wildcard $(VENV)/.ready-dev $(VENV)/.ready-test) $(VENV)/.ready-bench)
 
-.PHONY: demo test check lint docs verify requirements clean
+.PHONY: demo test check lint docs verify requirements bench bench-quick clean
 .DEFAULT_GOAL := test
 
 demo: $(READY-demo)
@@ -50,6 +54,15 @@ requirements: $(READY-test)
 	$(BIN)/python -m tests.requirements_table
 	$(BIN)/python -m tests.docs.generated
 
+# Peers are installed in environments of their own. The page is written also after failures, which it
+# lists; the status is that of the run.
+bench: $(READY-bench)
+	@status=0; $(BIN)/python -m benchmarks.run || status=$$?; \
+		$(BIN)/python -m benchmarks.report; exit $$status
+
+bench-quick: $(READY-bench)
+	$(BIN)/python -m benchmarks.run --quick
+
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "make: no usable Python found (expected one of: $(PYTHONS)," \
 		"version 3.11 or newer, with venv). On Debian or Ubuntu run: apt install python3-venv" >&2; exit 1; }
@@ -61,5 +74,5 @@ $(VENV)/.ready-%: pyproject.toml | $(BIN)/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist site .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) benchmarks/.venvs build dist site .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
