@@ -93,7 +93,7 @@ class Session:
         run, extent = self._run, self._extent
         peers: list[System] = []
         if extent.peers or self._only - {OURS, LIMIT}:
-            peers, missing = peer_systems(self._only, self._say)
+            peers, missing = peer_systems(self._only, run, self._say)
             self._ledger.failures += missing
         else:
             run.left_out.append("all other frameworks: the quick form does not install them")
@@ -106,7 +106,8 @@ class Session:
             for store in self._stores:
                 self._store(servers, store, peers)
         rows = best_variant(medians(self._ledger.repeats), LIMIT)
-        run.machine, run.versions, run.settings = machine(), versions(), settings()
+        run.machine, run.versions = machine(), {**versions(), **run.versions}
+        run.settings = {**settings(), **run.settings}
         run.repeats, run.seconds = self._ledger.details, round(time.monotonic() - self._began, 1)
         run.failures = self._ledger.failures
         return rows, run
@@ -118,8 +119,8 @@ class Session:
         self._say(f"{store}: throughput and latency")
         with Turns(servers, store, self._ledger, extent.seconds) as turns:
             turns.add(self._wanted(self._own(store)))
-            levels = sorted({peer.tuned_for for peer in peers})
-            self._against_peers(turns, peers, levels)
+            here = [peer for peer in peers if store in peer.stores]
+            self._against_peers(turns, here, sorted({peer.tuned_for for peer in here}))
             turns.measure(self._sweep, extent.repeats)
             turns.measure(self._half, extent.repeats)
         for size in extent.batches:
@@ -135,13 +136,12 @@ class Session:
             turns.add([peer for peer in peers if peer.tuned_for == level])
             if first:
                 for name, share in turns.idle_cpu().items():
-                    self._run.settings[f"per cent of a core when idle: {name}"] = f"{share:g}"
+                    self._run.settings[f"{self._at}: {name} when idle"] = f"{share:g} % of a core"
 
             def at_level(system: System, level: int = level, first: bool = first) -> list[Case]:
-                idle = [cases.IDLE] if first else []
                 if system.tuned_for:
-                    return [*idle, cases.happy(level)]
-                return idle if system.workers == 1 else []
+                    return [cases.IDLE if level == 1 else cases.happy(level)]
+                return [cases.IDLE] if first and system.workers == 1 else []
 
             turns.measure(at_level, self._extent.repeats)
             self._idle_is_measured = True

@@ -76,7 +76,9 @@ class Running:
         """An error that ends with what the system logged last."""
         state = self.process.poll()
         how = "is running" if state is None else f"ended with status {state}"
-        return SystemFailed(f"{self.system.name}: {what} ({how})\n{tail(self.place.log)}")
+        log = getattr(self.process, "log", None)  # peers keep their own
+        last = log() if log else tail(self.place.log)
+        return SystemFailed(f"{self.system.name}: {what} ({how})\n{last}")
 
     def stop(self) -> None:
         """Ends it: asked first, and with force when it does not."""
@@ -193,7 +195,7 @@ def sagacity(*, workers: int = 1, batch: int = 0) -> System:
         redis.close()
         return process
 
-    return System(OURS, f"{FULL}, history", start, workers=workers)
+    return System(OURS, FULL, start, workers=workers)
 
 
 def bare_parts(*, overlap: bool, batch: int = 300) -> System:
@@ -209,4 +211,4 @@ def bare_parts(*, overlap: bool, batch: int = 300) -> System:
         _wait(process, place, lambda: "ready" in tail(place.log))
         return process
 
-    return System(f"{LIMIT}{'+overlap' if overlap else '+in turn'}", f"{FULL}, history", start)
+    return System(f"{LIMIT}{'+overlap' if overlap else '+in turn'}", FULL, start)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from benchmarks.results import Ratio, Row, Run, is_durable, is_peer
+from benchmarks.results import Ratio, Row, Run, commits_less
 
 HEAD = (
     "system",
@@ -25,7 +25,7 @@ def lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """The cells of the table."""
     return [
         (
-            row.system + ("" if not is_peer(row) or is_durable(row) else " *"),
+            row.system + (" *" if commits_less(row) else ""),
             row.store,
             row.workload,
             str(row.workers),
@@ -54,7 +54,7 @@ def show(rows: Sequence[Row], run: Run, found: Sequence[Ratio]) -> None:
     """Prints everything."""
     _table(f"{run.form} form, {run.date}, {run.seconds:g} s", HEAD, lines(rows))
     _table("ratios", ("", "store", "ratio", "target", "met", "of"), ratio_lines(found))
-    if any(is_peer(row) and not is_durable(row) for row in rows):
+    if any(map(commits_less, rows)):
         print("* commits less at each step than ours")
     for what in run.left_out:
         print(f"left out: {what}")
