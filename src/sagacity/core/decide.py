@@ -67,7 +67,7 @@ CONTROL: tuple[type[Event], ...] = (Cancel, RetryUndo, WaiveUndo)
 FRAMEWORK: tuple[type[Event], ...] = (CommandDone, CommandFailed, TimeoutDue, *CONTROL)
 """Message types of our own that reach saga instances."""
 
-# Looked up by class, because isinstance goes the long way round through the metaclass of messages.
+# Looked up by class: isinstance says no only after the long way round through the metaclass.
 _OWN_TYPES: frozenset[type[Message]] = frozenset(FRAMEWORK)
 _CONTROL_TYPES: frozenset[type[Message]] = frozenset(CONTROL)
 _CONTROL = frozenset(message_type(cls).name for cls in CONTROL)
@@ -360,7 +360,7 @@ class _Step:
             return
         if pending.undoes:
             self._undo_answered(command_id, message)
-        elif isinstance(message, CommandFailed):
+        elif type(message) is CommandFailed:
             if message.refused:
                 self._refused(command_id)
         else:

@@ -46,6 +46,7 @@ from sagacity.core.messages import (
     CommandDone,
     CommandFailed,
     Event,
+    MessageType,
     caller_location,
     calling_frame,
     encode_message,
@@ -439,7 +440,7 @@ class _Handling:
         compensated, and for an undo with another topic, which could overtake its command.
         """
         turn = self._turn
-        if not _is_command(command) or not (undo is None or _is_command(undo)):
+        if not _is_a("command", command) or not (undo is None or _is_a("command", undo)):
             raise HandlerError(
                 f"{turn.where()}: send expects commands, got {type(command).__name__}"
                 + (f" with undo {type(undo).__name__}" if undo is not None else "")
@@ -466,7 +467,7 @@ class _Handling:
     def publish(self, event: Event) -> str:
         """Publishes an event after commit; returns its message id."""
         turn = self._turn
-        if not isinstance(event, Event):
+        if not _is_a("event", event):
             raise HandlerError(
                 f"{turn.where()}: publish expects an event, got {type(event).__name__}; "
                 "send commands with self.send"
@@ -561,9 +562,10 @@ def key_text(value: object, what: str) -> str:
     )
 
 
-def _is_command(message: object) -> bool:
-    """Also for what an unchecked program passes."""
-    return isinstance(message, Command)
+def _is_a(kind: str, message: object) -> bool:
+    """True for an event or a command; an unchecked program may pass anything."""
+    facts = getattr(type(message), "__message_type__", None)
+    return isinstance(facts, MessageType) and facts.kind == kind
 
 
 RESERVED = frozenset(name for name in vars(_Handling) if not name.startswith("__"))

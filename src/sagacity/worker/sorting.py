@@ -56,8 +56,6 @@ class Sorted(msgspec.Struct):
 
         None where only the database knows which instances these are.
         """
-        if isinstance(self.input, DueTimeout):
-            return frozenset({(self.input.saga_type, self.input.saga_key)})
         places: list[Hashable] = []
         for routed in self.routed:
             if routed.lookup is not None or not routed.keys:
@@ -65,14 +63,16 @@ class Sorted(msgspec.Struct):
             places += [(routed.definition.saga_type, key) for key in routed.keys]
         if self.work or self.fault is not None:
             places.append(self.message_id)
+        elif not places and isinstance(self.input, DueTimeout):
+            places.append((self.input.saga_type, self.input.saga_key))
         return frozenset(places)
 
 
 def sorted_input(service: Service, catalog: Catalog, one: Input) -> Sorted:
     """Decodes what must be decoded to know where an input goes. Raises nothing."""
-    if isinstance(one, DueTimeout):
-        return Sorted(one)
-    if isinstance(one, ParkedRow):
+    if not isinstance(one, Delivery):  # asked first: no for an answer takes long, see `decide`
+        if isinstance(one, DueTimeout):
+            return Sorted(one)
         return Sorted(one, routed=_routed_row(catalog, one))
     envelope = one.envelope
     if envelope is None:
