@@ -76,7 +76,8 @@ class Registry:
         upcasters: Mapping[tuple[str, int], Upcaster] | None = None,
     ) -> None:
         self._classes: dict[str, type[Message]] = {}
-        self._decoders: dict[str, msgspec.json.Decoder[Any]] = {}
+        self._decoders: dict[str, tuple[msgspec.json.Decoder[Any], int]] = {}
+        """Type name -> decoder of its class, and the version of that class."""
         self._upcasters = dict(upcasters or {})
         for cls in classes:
             self.add(cls)
@@ -95,7 +96,7 @@ class Registry:
                 facts.location,
             )
         try:
-            self._decoders[facts.name] = msgspec.json.Decoder(cls)
+            self._decoders[facts.name] = msgspec.json.Decoder(cls), facts.version
         except (TypeError, NameError) as error:
             raise DefinitionError(
                 f"message {facts.name}: a field has a type that cannot be decoded: {error}",
@@ -120,13 +121,13 @@ class Registry:
         A version that has no upcaster is taken to fit the next one. Raises DecodeError for an unknown
         type, a version newer than the code, or a body that does not fit the class.
         """
-        decoder = self._decoders.get(envelope.type)
-        if decoder is None:
+        known = self._decoders.get(envelope.type)
+        if known is None:
             raise DecodeError(
                 f"message {envelope.id}: type {envelope.type!r} is not known here; expected one of "
                 f"{', '.join(sorted(self._classes)) or 'none'}"
             )
-        version = message_type(self._classes[envelope.type]).version
+        decoder, version = known
         body = envelope.body
         try:
             if envelope.version != version:
