@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import signal
 import socket
 from collections.abc import Callable, Sequence
@@ -216,6 +217,10 @@ async def run(options: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
     for which in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(which, stop)
+    # Rows are many and short-lived, and none is part of a circle.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(200_000)
     print("ready", flush=True)
     if sqlite:
         store = SqliteStore(rest.removeprefix("/"), options.prefix)

@@ -120,8 +120,12 @@ class Instance:
 
 @dataclass(slots=True)
 class Writes:
-    """The rows of one batch, each in the order of its table's columns, and what to publish."""
+    """The rows of one batch, as `bare_stores` names their columns, and what to publish.
 
+    What is the same for all of a batch is not in the rows: its time, and the version of the schema.
+    """
+
+    now: int
     inserts: list[Row] = field(default_factory=list)
     updates: list[Row] = field(default_factory=list)
     inbox: list[Row] = field(default_factory=list)
@@ -142,8 +146,8 @@ _pack = msgspec.msgpack.Encoder().encode
 
 
 def loaded(row: Any) -> Instance:
-    """The instance of a row of `SAGA_COLUMNS`."""
-    kind, key, uid, version, status, state, _, data, ledger, started, _ = row
+    """The instance of a row of `bare_stores.SAGA`."""
+    kind, key, uid, version, status, state, data, ledger, started = row
     instance = Instance.__new__(Instance)
     instance.type, instance.key, instance.uid = kind, key, uid.decode()
     instance.version, instance.status, instance.state = version, status, state
@@ -157,7 +161,7 @@ class Batch:
     def __init__(self, prefix: str, now: int) -> None:
         self.prefix, self.now = prefix, now
         self.time = datetime.fromtimestamp(now / 1e6, UTC).isoformat(timespec="microseconds")[:-6]
-        self.writes = Writes()
+        self.writes = Writes(now)
         self.message: Message
         self.sent: list[tuple[str, str, str]] = []
 
@@ -184,7 +188,7 @@ class Batch:
                     b"correlationid", message.id
                 ).decode()
                 instances[message.saga_key] = instance
-            writes.inbox.append((instance.type.encode(), message.id, "handled", now))
+            writes.inbox.append((instance.type.encode(), message.id))
             self._step(instance, message)
         for key in sorted(instances):
             self._save(instances[key], before.get(key))
@@ -208,7 +212,6 @@ class Batch:
                 instance.version,
                 instance.type,
                 instance.key,
-                self.now,
                 message.id,
                 message.type.decode(),
                 handler.__name__,
@@ -222,17 +225,15 @@ class Batch:
         )
 
     def _save(self, instance: Instance, before: int | None) -> None:
-        key, now = instance.key, self.now
+        key = instance.key
         row = (
             instance.uid.encode(),
             instance.version,
             instance.status,
             instance.state,
-            1,
             _json(instance.data),
             _pack(instance.ledger),
             instance.started,
-            now,
         )
         if before is None:
             self.writes.inserts.append((instance.type, key, *row))
@@ -300,7 +301,7 @@ class Batch:
                 *("kind", "command", "sagatype", "ImportUser", "sagakey", key, "sagauid", uid),
                 *("replyto", "imports.replies", "replytopics", "imports,items", *which),
             )
-        self.writes.outbox.append((id_.encode(), name, topic, uid, _json(headers), body, self.now))
+        self.writes.outbox.append((id_.encode(), name, topic, uid, _json(headers), body))
         self.writes.commands.append((*fields, "data", body))
         self.sent.append((name, id_, kind))
         return id_

@@ -12,19 +12,22 @@ import asyncpg
 from benchmarks.bare_machine import Batch, Message, Row, Writes
 
 P = "sagacity_"
-SAGA = (
-    "saga_type saga_key uid version status state schema_version data ledger started_at updated_at"
-)
-SAGA_TYPES = "text bytea bytea int8 text text int4 bytea bytea int8 int8"
-INBOX = "consumer message_id outcome at"
-INBOX_TYPES = "bytea bytea text int8"
-OUTBOX = "message_id message_type destination lane headers body created_at"
-OUTBOX_TYPES = "bytea text text bytea bytea bytea int8"
+# Columns, their types on PostgreSQL, and what is the same for all rows of a batch.
+SAGA = "saga_type saga_key uid version status state data ledger started_at"
+SAGA_TYPES = "text bytea bytea int8 text text bytea bytea int8"
+SAGA_SAME = {"schema_version": "1", "updated_at": "{now}"}
+INBOX = "consumer message_id"
+INBOX_TYPES = "bytea bytea"
+INBOX_SAME = {"outcome": "'handled'", "at": "{now}"}
+OUTBOX = "message_id message_type destination lane headers body"
+OUTBOX_TYPES = "bytea text text bytea bytea bytea"
+OUTBOX_SAME = {"created_at": "{now}"}
 TRANSITION = (
-    "uid version saga_type saga_key at message_id message_type handler state_from state_to status "
+    "uid version saga_type saga_key message_id message_type handler state_from state_to status "
     "correlation_id effects entry"
 )
-TRANSITION_TYPES = "bytea int8 text bytea int8 bytea text text text text text bytea bytea bytea"
+TRANSITION_TYPES = "bytea int8 text bytea bytea text text text text text bytea bytea bytea"
+TRANSITION_SAME = {"at": "{now}"}
 CHANGED = SAGA.split()[2:]
 
 
@@ -44,11 +47,13 @@ def _arrays(types: str) -> str:
     return ", ".join(f"${n}::{name}[]" for n, name in enumerate(types.split(), 1))
 
 
-def _insert(table: str, columns: str, types: str) -> str:
+def _insert(table: str, columns: str, types: str, same: dict[str, str]) -> str:
     names = ", ".join(columns.split())
+    now = f"${len(types.split()) + 1}::int8"
+    values = ", ".join(value.format(now=now) for value in same.values())
     return (
-        f"INSERT INTO {P}{table} ({names}) SELECT {names} FROM unnest({_arrays(types)}) "
-        f"WITH ORDINALITY AS given({names}, place) ORDER BY place"
+        f"INSERT INTO {P}{table} ({names}, {', '.join(same)}) SELECT {names}, {values} "
+        f"FROM unnest({_arrays(types)}) WITH ORDINALITY AS given({names}, place) ORDER BY place"
     )
 
 
@@ -62,14 +67,15 @@ _SEEN = (
     "(SELECT * FROM unnest($1::bytea[], $2::bytea[]))"
 )
 _UPDATE = (
-    f"UPDATE {P}saga AS saga SET {', '.join(f'{n} = given.{n}' for n in CHANGED)} "
+    f"UPDATE {P}saga AS saga SET {', '.join(f'{n} = given.{n}' for n in CHANGED)}, "
+    f"schema_version = 1, updated_at = ${len(CHANGED) + 4}::int8 "
     f"FROM unnest({_arrays('text bytea int8 ' + ' '.join(SAGA_TYPES.split()[2:]))}) "
     f"AS given(saga_type, saga_key, before, {', '.join(CHANGED)}) "
     "WHERE saga.saga_type = given.saga_type AND saga.saga_key = given.saga_key "
     "AND saga.version = given.before"
 )
 _OUTBOX = (
-    f"WITH fresh AS ({_insert('outbox', OUTBOX, OUTBOX_TYPES)} ON CONFLICT DO NOTHING "
+    f"WITH fresh AS ({_insert('outbox', OUTBOX, OUTBOX_TYPES, OUTBOX_SAME)} "
     "RETURNING seq, lane, created_at), "
     f"pending AS (INSERT INTO {P}outbox_pending SELECT seq, lane, created_at FROM fresh) "
     "SELECT seq FROM fresh"
@@ -79,11 +85,11 @@ _FORGET = f"DELETE FROM {P}outbox_pending WHERE seq = ANY($1::int8[])"
 _STATEMENTS = {
     "load": _LOAD,
     "seen": _SEEN,
-    "insert": _insert("saga", SAGA, SAGA_TYPES) + " ON CONFLICT DO NOTHING",
+    "insert": _insert("saga", SAGA, SAGA_TYPES, SAGA_SAME),
     "update": _UPDATE,
-    "inbox": _insert("inbox", INBOX, INBOX_TYPES) + " ON CONFLICT DO NOTHING",
+    "inbox": _insert("inbox", INBOX, INBOX_TYPES, INBOX_SAME),
     "outbox": _OUTBOX,
-    "transition": _insert("transition", TRANSITION, TRANSITION_TYPES),
+    "transition": _insert("transition", TRANSITION, TRANSITION_TYPES, TRANSITION_SAME),
     "forget": _FORGET,
 }
 # Plans are made once: with these settings, the only ones that exist use the indexes, so a plan made
@@ -123,24 +129,24 @@ class PostgresqlStore:
         asked = [m.saga_type.encode() for m in messages], [m.id for m in messages]
         seen = [row[0] for row in await do["seen"].fetch(*asked)]
         writes = Batch(self._prefix, _now())(messages, rows, seen)
-        await self._write("insert", writes.inserts)
-        await self._write("update", writes.updates)
-        await self._write("inbox", writes.inbox)
+        await self._write("insert", writes.inserts, writes.now)
+        await self._write("update", writes.updates, writes.now)
+        await self._write("inbox", writes.inbox, writes.now)
         numbers: list[int] = []
         if writes.outbox:
-            fresh = await do["outbox"].fetch(*zip(*writes.outbox, strict=True))
+            fresh = await do["outbox"].fetch(*zip(*writes.outbox, strict=True), writes.now)
             numbers = [row[0] for row in fresh]
             _check(len(numbers), len(writes.outbox), "outbox")
-        await self._write("transition", writes.transitions)
+        await self._write("transition", writes.transitions, writes.now)
         if published:
             await do["forget"].fetch(published)
         await self._connection.execute("COMMIT")
         return writes, numbers
 
-    async def _write(self, name: str, rows: list[Row]) -> None:
+    async def _write(self, name: str, rows: list[Row], now: int) -> None:
         if rows:
             statement = self._do[name]
-            await statement.fetch(*zip(*rows, strict=True))
+            await statement.fetch(*zip(*rows, strict=True), now)
             _check(int(statement.get_statusmsg().rpartition(" ")[2]), len(rows), name)
 
     async def forget(self, published: list[int]) -> None:
@@ -155,16 +161,23 @@ class PostgresqlStore:
 # ------------------------------------------------------------------------------------------- SQLite
 
 
-def _values(table: str, columns: str) -> str:
+def _values(table: str, columns: str, same: dict[str, str]) -> str:
     names = columns.split()
-    marks = ", ".join("?" * len(names))
-    return f"INSERT INTO {P}{table} ({', '.join(names)}) VALUES ({marks}) ON CONFLICT DO NOTHING"
+    # The time is a number of ours; as text of the statement it would make a new one of each batch.
+    marks = ["?"] * len(names) + [value.format(now="?") for value in same.values()]
+    return f"INSERT INTO {P}{table} ({', '.join([*names, *same])}) VALUES ({', '.join(marks)})"
 
 
 _SQLITE_LOAD = f"SELECT {', '.join(SAGA.split())} FROM {P}saga WHERE saga_type = ? AND saga_key = ?"
 _SQLITE_SEEN = f"SELECT message_id FROM {P}inbox WHERE consumer = ? AND message_id = ?"
+_SQLITE_SAGA = _values("saga", SAGA, SAGA_SAME)
+_SQLITE_INBOX = _values("inbox", INBOX, INBOX_SAME)
+_SQLITE_OUTBOX = _values("outbox", "seq " + OUTBOX, OUTBOX_SAME)
+_SQLITE_PENDING = _values("outbox_pending", "seq lane", OUTBOX_SAME)
+_SQLITE_TRANSITION = _values("transition", TRANSITION, TRANSITION_SAME)
 _SQLITE_UPDATE = (
-    f"UPDATE {P}saga SET {', '.join(f'{n} = ?{k}' for k, n in enumerate(CHANGED, 4))} "
+    f"UPDATE {P}saga SET {', '.join(f'{n} = ?{k}' for k, n in enumerate(CHANGED, 4))}, "
+    f"schema_version = 1, updated_at = ?{len(CHANGED) + 4} "
     "WHERE saga_type = ?1 AND saga_key = ?2 AND version = ?3"
 )
 _SQLITE_FORGET = f"DELETE FROM {P}outbox_pending WHERE seq = ?"
@@ -193,18 +206,18 @@ class SqliteStore:
         asked = [(m.saga_type.encode(), m.id) for m in messages]
         seen = [row[0] for pair in asked if (row := execute(_SQLITE_SEEN, pair).fetchone())]
         writes = Batch(self._prefix, _now())(messages, rows, seen)
-        self._write(_values("saga", SAGA), writes.inserts)
-        self._write(_SQLITE_UPDATE, writes.updates)
-        self._write(_values("inbox", INBOX), writes.inbox)
+        now = writes.now
+        self._write(_SQLITE_SAGA, [(*row, now) for row in writes.inserts])
+        self._write(_SQLITE_UPDATE, [(*row, now) for row in writes.updates])
+        self._write(_SQLITE_INBOX, [(*row, now) for row in writes.inbox])
         # Nobody else writes, so the numbers are ours to count.
         first = self._last + 1
         self._last += len(writes.outbox)
         numbers = list(range(first, self._last + 1))
         numbered = list(zip(numbers, writes.outbox, strict=True))
-        self._write(_values("outbox", "seq " + OUTBOX), [(n, *row) for n, row in numbered])
-        pending = [(n, row[3], row[6]) for n, row in numbered]
-        self._write(_values("outbox_pending", "seq lane created_at"), pending)
-        self._write(_values("transition", TRANSITION), writes.transitions)
+        self._write(_SQLITE_OUTBOX, [(n, *row, now) for n, row in numbered])
+        self._write(_SQLITE_PENDING, [(n, row[3], now) for n, row in numbered])
+        self._write(_SQLITE_TRANSITION, [(*row, now) for row in writes.transitions])
         if published:
             self._cursor.executemany(_SQLITE_FORGET, [(n,) for n in published])
         execute("COMMIT")

@@ -95,7 +95,11 @@ def half_load(capacity: float) -> Case:
 
 
 def sagas(case: Case, pace: float, seconds: float) -> int:
-    """How many sagas fill `seconds` at `pace` sagas a second, and the loop more than twice."""
+    """How many sagas fill `seconds` at `pace` sagas a second, and the loop more than twice.
+
+    What is slow fills it only once, rather than take minutes.
+    """
     if case.rate:
         return max(10, int(case.rate * seconds * 2))
-    return max(20, int(2.5 * case.concurrency), int(pace * seconds))
+    filled = min(int(2.5 * case.concurrency), max(case.concurrency, int(pace * seconds * 6)))
+    return max(20, filled, int(pace * seconds))

@@ -93,11 +93,13 @@ def test_a_run_with_nothing_has_no_ratios() -> None:
 @pytest.mark.parametrize(
     ("case", "pace", "count"),
     [
-        (happy(1000), 100.0, 2500),  # the loop is filled more than twice
+        (happy(1000), 500.0, 2500),  # the loop is filled more than twice
+        (happy(1000), 100.0, 1200),  # what is slow: not quite
+        (happy(200), 5.0, 200),  # but once
         (happy(10), 3000.0, 6000),
         (Case("idle", 1), 5.0, 20),
         (half_load(1000.0), 9.0, 2000),
-        (batch(512), 10.0, 5000),
+        (batch(512), 1000.0, 5000),
     ],
 )
 def test_a_load_is_as_long_as_it_has_to_be(case: Case, pace: float, count: int) -> None:
