@@ -296,7 +296,7 @@ def _unborn(definition: Definition, key: str, envelope: Envelope, now: int) -> I
         status=Status.RUNNING,
         state="",
         schema_version=definition.version,
-        data=definition.encode(definition.new(key)),
+        data=b"",
         ledger=Ledger(
             correlation_id=envelope.correlation_id or envelope.id,
             actor=envelope.actor,
@@ -430,7 +430,7 @@ class _Step:
     def run(self, handler: Handler, message: Message) -> Decision:
         """Calls the handler and gives its effects their meaning."""
         definition, before = self.definition, self.before
-        saga = definition.decode(before.data)
+        saga = definition.decode(before.data) if before.data else definition.new(before.key)
         turn = Turn(
             definition,
             self.envelope,
