@@ -6,6 +6,7 @@
 #   make verify   generated files in docs/ are up to date
 #   make bench    measure Sagacity, the bare parts and its peers on this machine: some 25 minutes
 #   make bench-quick   the same in one minute, without the peers
+#   make guard    instructions per message against those kept in benchmarks/guard.json (needs valgrind)
 #   make clean    remove the environment and everything built
 
 VENV ?= .venv
@@ -26,7 +27,7 @@ READY-demo = $(firstword $(wildcard $(VENV)/.ready-dev $(VENV)/.ready-test) $(VE
 READY-test = $(firstword $(wildcard $(VENV)/.ready-dev) $(VENV)/.ready-test)
 READY-bench = $(firstword $(wildcard $(VENV)/.ready-dev $(VENV)/.ready-test) $(VENV)/.ready-bench)
 
-.PHONY: demo test check lint docs verify requirements bench bench-quick clean
+.PHONY: demo test check lint docs verify requirements bench bench-quick guard clean
 .DEFAULT_GOAL := test
 
 demo: $(READY-demo)
@@ -59,6 +60,10 @@ requirements: $(READY-test)
 bench: $(READY-bench)
 	@status=0; $(BIN)/python -m benchmarks.run || status=$$?; \
 		$(BIN)/python -m benchmarks.report; exit $$status
+
+guard: $(READY-test)
+	$(BIN)/python -m benchmarks.guard
+	$(BIN)/python -m benchmarks.guard --control
 
 bench-quick: $(READY-bench)
 	$(BIN)/python -m benchmarks.run --quick
