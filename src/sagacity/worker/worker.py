@@ -433,6 +433,8 @@ class Worker:
         """Forgets published rows when no batch comes to do it on the way."""
         while not self._stopping.is_set() or self.cycle.published:
             await self._pause(FORGET_AFTER_S)
+            if self._intake.held and not self._stopping.is_set():
+                continue  # the next batch does it on its way
             try:
                 await self.cycle.forget_published()
             except StoreError as error:
