@@ -8,6 +8,7 @@ Every figure in the page comes from ``latest.json`` and ``latest-run.json``; onl
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -70,8 +71,8 @@ beforehand. They are measured with one batch at a time and with two under way, a
 DURABILITY = """\
 ## What is committed
 
-PostgreSQL and SQLite sync every commit to disk, for every system. What is in the commit of a step
-differs:
+PostgreSQL syncs every commit to disk, for every system. On SQLite ours and the bare parts do
+(`synchronous = FULL`), and each framework as it sets its connections. What is in the commit of a step differs:
 """
 
 NOT_MEASURED = """\
@@ -108,6 +109,7 @@ def page(rows: Sequence[Row], run: Run) -> str:
     parts = [INTRODUCTION, _when(run), _ratios(ratios(rows)), WORKLOAD]
     parts += [_store(rows, store) for store in STORES if Found(rows).where(store, "happy")]
     parts += [
+        _variants(run),
         _workloads(rows),
         _batches(rows),
         _durability(rows),
@@ -174,6 +176,32 @@ def _store(rows: Sequence[Row], store: str) -> str:
     if any(row.system == LIMIT for row in best):
         text += f"\n{LIMIT_TEXT}" if store == STORES[0] else ""
     return text
+
+
+def _variants(run: Run) -> str:
+    """The bare parts with one batch at a time and with two, from the repeats."""
+    found: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for one in run.repeats:
+        name, _, variant = one["system"].partition("+")
+        if name == LIMIT and one["workload"] == "happy":
+            place = found.setdefault((one["store"], one["concurrency"]), {})
+            place.setdefault(variant, []).append(one["steps_per_s"])
+    if not found:
+        return ""
+    names = sorted({name for variants in found.values() for name in variants})
+    rows = [
+        (
+            NAMES[store],
+            f"{concurrency:,}",
+            *(_rounded(statistics.median(variants.get(name, [0]))) for name in names),
+        )
+        for (store, concurrency), variants in sorted(found.items())
+    ]
+    return (
+        "## Two limits\n\nThe bare parts with one batch after the other, and with one at the database while "
+        "another is read, decided and published; steps a second:\n\n"
+        + table(("Store", "At once", *names), rows, right=set(range(1, 2 + len(names))))
+    )
 
 
 def _figures(rows: Iterable[Row]) -> str:

@@ -84,6 +84,8 @@ class Session:
         """Whether it was, on this store, beside the peers."""
         self._run = Run(date=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", form=extent.form)
         self._began = time.monotonic()
+        # Whoever reads the figures shall see whether the machine was left alone.
+        self._load = f"{os.getloadavg()[0]:.1f}"
 
     def _say(self, text: str) -> None:
         print(f"{time.monotonic() - self._began:6.0f} s {text}", flush=True)
@@ -106,7 +108,8 @@ class Session:
             for store in self._stores:
                 self._store(servers, store, peers)
         rows = best_variant(medians(self._ledger.repeats), LIMIT)
-        run.machine, run.versions = machine(), {**versions(), **run.versions}
+        run.machine = {**machine(), "load average before the run": self._load}
+        run.versions = {**versions(), **run.versions}
         run.settings = {**settings(), **run.settings}
         run.repeats, run.seconds = self._ledger.details, round(time.monotonic() - self._began, 1)
         run.failures = self._ledger.failures
@@ -220,7 +223,7 @@ def versions() -> dict[str, str]:
     import sqlite3
 
     found["SQLite"] = sqlite3.sqlite_version
-    found["PostgreSQL"] = _answer(_postgres_program(), "--version").rpartition(" ")[2]
+    found["PostgreSQL"] = _answer(_postgres_program(), "--version").split()[2]
     return found
 
 

@@ -34,6 +34,25 @@ def test_the_page_shows_what_the_rows_say() -> None:
         assert heading in text
 
 
+def test_both_limits_are_shown() -> None:
+    rows, run = whole_run()
+    assert "## Two limits" not in page(rows, run)
+    for variant, figures in (("in turn", (1000, 3000, 2000)), ("overlap", (7000, 9000, 8000))):
+        for steps in figures:
+            run.repeats.append(
+                {
+                    "system": f"bare-parts+{variant}",
+                    "store": "sqlite",
+                    "workload": "happy",
+                    "concurrency": 1000,
+                    "steps_per_s": steps,
+                }
+            )
+    text = page(rows, run)
+    assert "| Store | At once | in turn | overlap |" in text
+    assert "| SQLite | 1,000 | 2,000 | 8,000 |" in text
+
+
 def test_failures_are_told_first() -> None:
     rows, run = whole_run()
     run.failures = ["sqlite, start: edda: was not ready\n    a log line"]
