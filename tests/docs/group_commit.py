@@ -97,7 +97,8 @@ def text_of(sent: list[Statement]) -> str:
     parts: list[str] = []
     for number, one in enumerate(sent, 1):
         rows = max(
-            (len(value) for value in one.parameters or () if isinstance(value, list)), default=0
+            (len(value) for value in one.parameters or () if isinstance(value, (list, tuple))),
+            default=0,
         )
         note = f"-- {number}" + (f": arrays of {rows}" if rows else "")
         flat = re.sub(r"\s+", " ", one.sql).strip()

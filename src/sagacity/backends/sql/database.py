@@ -204,13 +204,13 @@ class Database:
         async with OpenTransaction(self, what, read_only=True) as transaction:
             return await transaction.run(what, work)
 
-    def link(self, turn: Turn | None, *, read_only: bool, core: bool) -> Link:
+    def link(self, turn: Turn | None, *, read_only: bool, core: bool, keeps_plans: bool) -> Link:
         """A link for one transaction: the driver's own where there is one, unless `core`."""
         if core or self.direct is None:
             return CoreLink(self.engine, {READ_ONLY: read_only, TURN: turn})
         if self.dialect is SQLITE:
             return AiosqliteLink(self.direct, read_only=read_only)
-        return AsyncpgLink(self.direct)
+        return AsyncpgLink(self.direct, keeps_plans=keeps_plans)
 
     async def bounded(self, what: str, action: Callable[[], Awaitable[T]]) -> T:
         """Awaits `action` shielded from cancellation, for at most the deadline.
@@ -257,14 +257,25 @@ class OpenTransaction:
     """
 
     def __init__(
-        self, database: Database, what: str, *, read_only: bool = False, core: bool = False
+        self,
+        database: Database,
+        what: str,
+        *,
+        read_only: bool = False,
+        core: bool = False,
+        keeps_plans: bool = False,
     ) -> None:
-        """`core`: by a connection of SQLAlchemy, whatever the driver."""
+        """`core`: by a connection of SQLAlchemy, whatever the driver.
+
+        `keeps_plans`: the best plans of its statements are the same for tables of any size.
+        """
         self._database = database
         self._what = what
         self._read_only = read_only
         self._turn = Turn(database.turns) if database.turns and not read_only else None
-        self._link: Link | None = database.link(self._turn, read_only=read_only, core=core)
+        self._link: Link | None = database.link(
+            self._turn, read_only=read_only, core=core, keeps_plans=keeps_plans
+        )
         self._failure: Exception | None = None
         self.now = 0
         """The store's time at the begin."""

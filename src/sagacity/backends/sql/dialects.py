@@ -18,6 +18,8 @@ from sqlalchemy import (
     ARRAY,
     BigInteger,
     Boolean,
+    Column,
+    ColumnClause,
     ColumnElement,
     Connection,
     Delete,
@@ -25,6 +27,7 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     Select,
+    Subquery,
     Table,
     Text,
     Tuple,
@@ -32,15 +35,18 @@ from sqlalchemy import (
     bindparam,
     column,
     delete,
+    exists,
     func,
     literal_column,
     select,
     text,
+    true,
     tuple_,
     type_coerce,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.sql.selectable import LateralFromClause
 from sqlalchemy.types import TypeEngine
 
 from sagacity.core.errors import ConfigurationError
@@ -75,9 +81,14 @@ class Given:
         """The columns."""
         return self.clause.c
 
+    @property
+    def columns(self) -> list[ColumnElement[Any]]:
+        """The columns that rows are given for, in their order."""
+        return [self.clause.c[name] for name in self._names]
+
     def holds(self, *columns: ColumnElement[Any]) -> ColumnElement[bool]:
         """True where the values of `columns` are one of the rows, in the order of their columns."""
-        wanted = select(*(self.clause.c[name] for name in self._names))
+        wanted = select(*self.columns)
         if len(columns) == 1:
             return columns[0].in_(wanted)
         return _tuple(columns).in_(wanted)
@@ -94,12 +105,15 @@ class Dialect(ABC):
     waits_for_writers: ClassVar[bool]
     """True where a second transaction cannot begin before the first has ended."""
 
-    def given(self, *columns: ColumnElement[Any]) -> Given:
-        """A relation of parameter rows with the names and types of `columns`."""
-        return self._given(tuple((c.key or "", c.type) for c in columns))
+    def given(self, *columns: ColumnElement[Any], name: str = "given") -> Given:
+        """A relation of parameter rows with the names and types of `columns`.
+
+        Relations of one statement need different names.
+        """
+        return self._given(name, tuple((c.key or "", c.type) for c in columns))
 
     @abstractmethod
-    def _given(self, columns: tuple[tuple[str, TypeEngine[Any]], ...]) -> Given: ...
+    def _given(self, name: str, columns: tuple[tuple[str, TypeEngine[Any]], ...]) -> Given: ...
 
     @abstractmethod
     def insert(
@@ -136,6 +150,11 @@ class Dialect(ABC):
         statement, given = _delete(self, table, columns)
         return on.write(statement, given.arguments(rows))
 
+    def present(self, *columns: Column[Any]) -> tuple[Query, Given]:
+        """Which of the given rows a table has, by these columns of it."""
+        given = self.given(*columns)
+        return select(*columns).where(given.holds(*columns)), given
+
     def locked(
         self, statement: Query, of: Table, *, wait: bool = True, weak: bool = False
     ) -> Query:
@@ -153,8 +172,8 @@ class SqliteDialect(Dialect):
     name = "sqlite"
     waits_for_writers = True
 
-    def _given(self, columns: tuple[tuple[str, TypeEngine[Any]], ...]) -> Given:
-        return _sqlite_given(columns)
+    def _given(self, name: str, columns: tuple[tuple[str, TypeEngine[Any]], ...]) -> Given:
+        return _sqlite_given(name, columns)
 
     def insert(
         self,
@@ -189,8 +208,8 @@ class PostgresqlDialect(Dialect):
     name = "postgresql"
     waits_for_writers = False
 
-    def _given(self, columns: tuple[tuple[str, TypeEngine[Any]], ...]) -> Given:
-        return _postgresql_given(columns)
+    def _given(self, name: str, columns: tuple[tuple[str, TypeEngine[Any]], ...]) -> Given:
+        return postgresql_given(name, columns)
 
     def insert(
         self,
@@ -220,6 +239,17 @@ class PostgresqlDialect(Dialect):
             return 0
         statement, given = _postgresql_update(table, match, change)
         return on.write(statement, given.arguments(rows))
+
+    def present(self, *columns: Column[Any]) -> tuple[Query, Given]:
+        """See `Dialect.present`; one look for each row."""
+        given = self.given(*columns)
+        there = exists(
+            select(literal_column("1"))
+            .where(*matches(given, columns))
+            .correlate(given.clause)
+            .offset(_NONE)
+        )
+        return select(*(given.c[column.name] for column in columns)).where(there), given
 
     def locked(
         self, statement: Query, of: Table, *, wait: bool = True, weak: bool = False
@@ -275,10 +305,12 @@ def _is_bytes(type_: TypeEngine[Any]) -> bool:
 
 
 @cache
-def _sqlite_given(columns: tuple[tuple[str, TypeEngine[Any]], ...]) -> Given:
-    outside = "given_" + "_".join(name for name, _ in columns)
+def _sqlite_given(given_name: str, columns: tuple[tuple[str, TypeEngine[Any]], ...]) -> Given:
+    outside = f"{given_name}_" + "_".join(name for name, _ in columns)
     # Text keeps the JSON a plain string parameter whatever the column types are.
-    rows = func.json_each(bindparam(outside, type_=Text())).table_valued("value", name="given_json")
+    rows = func.json_each(bindparam(outside, type_=Text())).table_valued(
+        "value", name=f"{given_name}_json"
+    )
     shown: list[ColumnElement[Any]] = []
     for place, (name, type_) in enumerate(columns):
         value: Any = func.json_extract(rows.c.value, literal_column(f"'$[{place}]'"))
@@ -293,7 +325,7 @@ def _sqlite_given(columns: tuple[tuple[str, TypeEngine[Any]], ...]) -> Given:
         ]
         return {outside: json.dumps(document)}
 
-    return Given(select(*shown).subquery("given"), arguments, [name for name, _ in columns])
+    return Given(select(*shown).subquery(given_name), arguments, [name for name, _ in columns])
 
 
 @cache
@@ -321,21 +353,26 @@ def _sqlite_update(table: Table, match: tuple[str, ...], change: tuple[str, ...]
 
 
 @cache
-def _postgresql_given(columns: tuple[tuple[str, TypeEngine[Any]], ...]) -> Given:
-    arrays = [bindparam(f"given_{name}", type_=ARRAY(_plain(type_))) for name, type_ in columns]
+def postgresql_given(given_name: str, columns: tuple[tuple[str, TypeEngine[Any]], ...]) -> Given:
+    """Arrays of parameters as a relation; see `Dialect.given`."""
+    outside = [f"{given_name}_{name}" for name, _ in columns]
+    arrays = [
+        bindparam(name, type_=ARRAY(_plain(type_)))
+        for name, (_, type_) in zip(outside, columns, strict=True)
+    ]
     clause = (
         func.unnest(*arrays)
         .table_valued(
-            *(column(name, type_) for name, type_ in columns), name="given", with_ordinality="place"
+            *(column(name, type_) for name, type_ in columns),
+            name=given_name,
+            with_ordinality="place",
         )
-        .render_derived()
+        .render_derived(name=given_name)
     )
 
     def arguments(values: Sequence[Row]) -> dict[str, Any]:
         arrays = zip(*values, strict=True) if values else ((),) * len(columns)
-        return {
-            f"given_{name}": list(array) for (name, _), array in zip(columns, arrays, strict=True)
-        }
+        return dict(zip(outside, arrays, strict=True))
 
     return Given(clause, arguments, [name for name, _ in columns])
 
@@ -352,9 +389,7 @@ def _postgresql_insert(
     table: Table, columns: tuple[str, ...], replace: bool
 ) -> tuple[postgresql.Insert, Given]:
     given = POSTGRESQL.given(*(table.c[name] for name in columns))
-    # PostgreSQL takes the numbers of an identity column in the order of the rows it is given.
-    ordered = select(*(given.c[name] for name in columns)).order_by(given.c.place)
-    statement = postgresql.insert(table).from_select(columns, ordered)
+    statement = insert_from(given, table, columns)
     if not replace:
         return statement.on_conflict_do_nothing(), given
     keys = [c.name for c in table.primary_key]
@@ -367,19 +402,75 @@ def _postgresql_insert(
     )
 
 
+def insert_from(given: Given, table: Table, columns: Sequence[str]) -> postgresql.Insert:
+    """PostgreSQL: inserts the rows of `given` in their order."""
+    # It takes the numbers of an identity column in the order of the rows.
+    ordered = select(*(given.c[name] for name in columns)).order_by(given.c.place)
+    return postgresql.insert(table).from_select(columns, ordered)
+
+
 @cache
 def _postgresql_update(
     table: Table, match: tuple[str, ...], change: tuple[str, ...]
 ) -> tuple[Update, Given]:
-    olds = tuple((f"old_{name}", table.c[name].type) for name in match)
-    news = tuple((f"new_{name}", table.c[name].type) for name in change)
-    given = _postgresql_given((*olds, *news))
-    statement = (
+    given = given_update("given", table, match, change)
+    return update_from(given, table, match, change), given
+
+
+def given_update(name: str, table: Table, match: Sequence[str], change: Sequence[str]) -> Given:
+    """PostgreSQL: a relation of the values before and after an update; see `Dialect.update`."""
+    olds = tuple((f"old_{column}", table.c[column].type) for column in match)
+    news = tuple((f"new_{column}", table.c[column].type) for column in change)
+    return postgresql_given(name, (*olds, *news))
+
+
+def update_from(given: Given, table: Table, match: Sequence[str], change: Sequence[str]) -> Update:
+    """PostgreSQL: the update by a relation of `given_update`."""
+    found = places(given, table, *(table.c[name] == given.c[f"old_{name}"] for name in match))
+    return (
         update(table)
-        .where(*(table.c[name] == given.c[f"old_{name}"] for name in match))
-        .values({name: given.c[f"new_{name}"] for name in change})
+        .where(place_of(table) == found.c.at)
+        .values({name: found.c[f"new_{name}"] for name in change})
     )
-    return statement, given
+
+
+# A plan that PostgreSQL keeps was made for tables of some size and serves them at any other. So what
+# a batch repeats leaves it no choice: for each given row it looks into one index. OFFSET is what keeps
+# such a look apart; without it the planner would be free to walk through the table once instead.
+
+_NONE: ColumnElement[int] = literal_column("0")
+
+
+def matches(given: Given, columns: Sequence[Column[Any]]) -> list[ColumnElement[bool]]:
+    """The columns of a table are those of a given row of the same names."""
+    return [column == given.c[column.name] for column in columns]
+
+
+def each(name: str, statement: Query) -> LateralFromClause:
+    """PostgreSQL: a query that is run for each row of the relations before it in the same FROM."""
+    return statement.offset(_NONE).lateral(name)
+
+
+def place_of(table: Table) -> ColumnElement[Any]:
+    """PostgreSQL: where a row is stored; good for one statement only."""
+    place: ColumnClause[Any] = column("ctid")
+    place.table = table
+    return place
+
+
+def places(
+    given: Given, table: Table, *conditions: ColumnElement[bool], free: bool = False
+) -> Subquery:
+    """PostgreSQL: the given rows with the places, `at`, of the rows of a table that fulfil conditions.
+
+    `free`: locks them, and leaves out those that others hold.
+    """
+    looked_up = select(place_of(table).label("at")).where(*conditions).correlate(given.clause)
+    if free:
+        looked_up = POSTGRESQL.locked(looked_up, table, wait=False)
+    found = each("found", looked_up)
+    joined = given.clause.join(found, true())
+    return select(found.c.at, *given.columns).select_from(joined).subquery("places")
 
 
 # -------------------------------------------------------------------------------------- savepoints

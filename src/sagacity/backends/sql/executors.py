@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 Watcher = Callable[[str, Any, bool], None]
 """Is told each statement that goes past SQLAlchemy: its text, its values, whether it has many rows."""
 
+BEGIN_WITH_PLANS = (
+    "BEGIN; SET LOCAL plan_cache_mode = force_generic_plan; SET LOCAL enable_seqscan = off"
+)
+"""PostgreSQL: plans are made once for a connection; for statements whose best plan never changes."""
+PLAN_ANEW = "SET LOCAL plan_cache_mode = force_custom_plan; SET LOCAL enable_seqscan TO DEFAULT"
+
 NOTHING: Mapping[str, Any] = {}
 
 
@@ -44,6 +50,9 @@ class Executor(ABC):
     @abstractmethod
     def write_each(self, statement: Executable, names: Sequence[str], rows: Sequence[Row]) -> int:
         """Runs a statement for each row, with its values under `names`; returns how many it wrote."""
+
+    def plan_anew(self) -> None:  # noqa: B027 - not every executor keeps plans
+        """What follows in this transaction is planned for the tables as they are now."""
 
 
 class CoreExecutor(Executor):
@@ -143,6 +152,10 @@ class AsyncpgExecutor(Executor):
     def write_each(self, statement: Executable, names: Sequence[str], rows: Sequence[Row]) -> int:
         """See `Executor`."""
         return sum(self.write(statement, dict(zip(names, row, strict=True))) for row in rows)
+
+    def plan_anew(self) -> None:
+        """See `Executor`."""
+        await_only(self._connection.execute(PLAN_ANEW))
 
     def _prepared(
         self, statement: Executable, arguments: Mapping[str, Any]

@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.util import greenlet_spawn
 
 from sagacity.backends.sql.executors import (
+    BEGIN_WITH_PLANS,
     AsyncpgExecutor,
     Compilation,
     CoreExecutor,
@@ -153,6 +154,11 @@ class _DirectLink(Link):
 class AsyncpgLink(_DirectLink):
     """By asyncpg's own connection."""
 
+    def __init__(self, direct: Direct, *, keeps_plans: bool) -> None:
+        """`keeps_plans`: statements are planned once, until `Executor.plan_anew`."""
+        super().__init__(direct)
+        self._begin = BEGIN_WITH_PLANS if keeps_plans else "BEGIN"
+
     def _sound(self, pooled: PoolProxiedConnection) -> bool:
         opened: float = pooled.info.setdefault(OPENED_AT, time.monotonic())
         return opened >= self._direct.doubtful_until and not self._driver.is_closed()
@@ -160,7 +166,7 @@ class AsyncpgLink(_DirectLink):
     async def begin(self) -> None:
         """See `Link`."""
         await self._take()
-        await self._driver.execute("BEGIN")
+        await self._driver.execute(self._begin)
 
     async def run(self, work: Callable[[Executor], T]) -> T:
         """See `Link`."""

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 from sqlalchemy import (
+    CTE,
     BindParameter,
     Delete,
+    Insert,
     and_,
     bindparam,
     delete,
@@ -20,11 +23,20 @@ from sqlalchemy import (
     insert,
     literal,
     select,
+    true,
     union_all,
 )
-from sqlalchemy.dialects import postgresql
 
-from sagacity.backends.sql.dialects import POSTGRESQL, Dialect, Given, Query
+from sagacity.backends.sql.dialects import (
+    POSTGRESQL,
+    Dialect,
+    Given,
+    Query,
+    each,
+    insert_from,
+    place_of,
+    places,
+)
 from sagacity.backends.sql.executors import Executor
 from sagacity.backends.sql.rows import OUTBOX_COLUMNS, outbox_row, pending_of
 from sagacity.backends.sql.tables import outbox, outbox_pending
@@ -40,10 +52,7 @@ def append_rows(on: Executor, rows: Sequence[OutboxRow], now: int) -> list[Pendi
     """
     if not rows:
         return []
-    # The first one of an id wins; a later copy within one call must not take its place.
-    first: dict[bytes, OutboxRow] = {}
-    for row in rows:
-        first.setdefault(row.envelope.id.encode(), row)
+    first = first_of_each(rows)
     values = [outbox_row(row, now) for row in first.values()]
     if on.dialect is POSTGRESQL:
         statement, given = _postgresql_append()
@@ -56,13 +65,25 @@ def append_rows(on: Executor, rows: Sequence[OutboxRow], now: int) -> list[Pendi
     ]
 
 
+def first_of_each(rows: Sequence[OutboxRow]) -> dict[bytes, OutboxRow]:
+    """Id -> the first row of it; a later copy within one call must not take its place."""
+    first: dict[bytes, OutboxRow] = {}
+    for row in rows:
+        first.setdefault(row.envelope.id.encode(), row)
+    return first
+
+
 @cache
 def _postgresql_append() -> tuple[Query, Given]:
     given = POSTGRESQL.given(*(outbox.c[name] for name in OUTBOX_COLUMNS))
-    ordered = select(*(given.c[name] for name in OUTBOX_COLUMNS)).order_by(given.c.place)
+    fresh, pending = fresh_rows(given)
+    return select(fresh.c.seq, fresh.c.message_id).order_by(fresh.c.seq).add_cte(pending), given
+
+
+def fresh_rows(given: Given) -> tuple[CTE, CTE]:
+    """PostgreSQL: the insert into the outbox, which returns what was not there, and that into pending."""
     fresh = (
-        postgresql.insert(outbox)
-        .from_select(OUTBOX_COLUMNS, ordered)
+        insert_from(given, outbox, OUTBOX_COLUMNS)
         .on_conflict_do_nothing()
         .returning(outbox.c.seq, outbox.c.message_id, outbox.c.lane, outbox.c.created_at)
         .cte("fresh")
@@ -74,23 +95,27 @@ def _postgresql_append() -> tuple[Query, Given]:
         )
         .cte("pending")
     )
-    return select(fresh.c.seq, fresh.c.message_id).order_by(fresh.c.seq).add_cte(pending), given
+    return fresh, pending
 
 
 def _sqlite_append(on: Executor, values: Sequence[tuple[Any, ...]]) -> Sequence[Any]:
     # Nobody else writes during our transaction, so whatever is above the mark is ours.
-    mark = on.read(select(func.coalesce(func.max(outbox.c.seq), 0)))[0][0]
+    highest, pending, fresh = _sqlite_statements()
+    mark = {"mark": on.read(highest)[0][0]}
     on.dialect.insert(on, outbox, OUTBOX_COLUMNS, values)
-    above = outbox.c.seq > mark
-    on.write(
-        insert(outbox_pending).from_select(
-            ["seq", "lane", "created_at"],
-            select(outbox.c.seq, outbox.c.lane, outbox.c.created_at).where(above),
-        )
+    on.write(pending, mark)
+    return on.read(fresh, mark)
+
+
+@cache
+def _sqlite_statements() -> tuple[Query, Insert, Query]:
+    above = outbox.c.seq > bindparam("mark")
+    pending = insert(outbox_pending).from_select(
+        ["seq", "lane", "created_at"],
+        select(outbox.c.seq, outbox.c.lane, outbox.c.created_at).where(above),
     )
-    return on.read(
-        select(outbox.c.seq, outbox.c.message_id).where(above).order_by(outbox.c.seq),
-    )
+    fresh = select(outbox.c.seq, outbox.c.message_id).where(above).order_by(outbox.c.seq)
+    return select(func.coalesce(func.max(outbox.c.seq), 0)), pending, fresh
 
 
 # ----------------------------------------------------------------------------------------- pending
@@ -116,22 +141,43 @@ def prefix(
     lanes = sorted({row.lane for row in own if row.lane})
     if not lanes:
         return list(own)
-    statement, given = _of_lanes(on.dialect)
-    known = {row.seq for row in own}
-    known.update(forgotten)
-    older = [
-        pending_of(row)
-        for row in on.read(statement, given.arguments([(lane.encode(),) for lane in lanes]))
-        if row.seq not in known
-    ]
-    return sorted([*older, *own], key=lambda row: row.seq)
+    statement, given, known = _of_lanes(on.dialect)
+    left_out = [(row.seq,) for row in own] + [(seq,) for seq in forgotten]
+    rows = on.read(
+        statement,
+        {**given.arguments([(lane.encode(),) for lane in lanes]), **known.arguments(left_out)},
+    )
+    return in_order([pending_of(row) for row in rows], own)
+
+
+def in_order(older: Sequence[PendingRow], own: Sequence[PendingRow]) -> list[PendingRow]:
+    """All rows in the order of their numbers."""
+    return sorted([*older, *own], key=attrgetter("seq"))
 
 
 @cache
-def _of_lanes(dialect: Dialect) -> tuple[Query, Given]:
-    given = dialect.given(outbox_pending.c.lane)
-    statement = select(*_ROW).select_from(_JOINED).where(given.holds(outbox_pending.c.lane))
-    return statement, given
+def _of_lanes(dialect: Dialect) -> tuple[Query, Given, Given]:
+    lanes = dialect.given(outbox_pending.c.lane, name="lanes")
+    known = dialect.given(outbox_pending.c.seq, name="known")
+    if dialect is POSTGRESQL:
+        return rows_of_lanes(lanes, known), lanes, known
+    rows = select(*_ROW).select_from(_JOINED).where(lanes.holds(outbox_pending.c.lane))
+    return rows.where(~known.holds(outbox_pending.c.seq)), lanes, known
+
+
+def rows_of_lanes(lanes: Given, known: Given | None) -> Query:
+    """PostgreSQL: the pending rows of lanes, except for those whose numbers are known."""
+    seq, lane, created_at = outbox_pending.c
+    waiting = select(seq, lane, created_at).where(lane == lanes.c.lane).correlate(lanes.clause)
+    if known is not None:
+        waiting = waiting.where(~known.holds(seq))
+    row = each("waiting", waiting)
+    content = each(
+        "content",
+        select(outbox.c.headers, outbox.c.body).where(outbox.c.seq == row.c.seq).correlate(row),
+    )
+    joined = lanes.clause.join(row, true()).join(content, true())
+    return select(*row.c, *content.c).select_from(joined)
 
 
 def overdue(on: Executor, older_than: int, limit: int, after: int = 0) -> list[PendingRow]:
@@ -185,10 +231,14 @@ def forget(on: Executor, seqs: Collection[int]) -> None:
 
 @cache
 def _forget(dialect: Dialect) -> tuple[Delete, Given]:
+    given = dialect.given(outbox_pending.c.seq)
+    return forgetting(dialect, given), given
+
+
+def forgetting(dialect: Dialect, given: Given) -> Delete:
+    """The deletion of pending rows. Another worker may forget the same right now: those it leaves."""
     seq = outbox_pending.c.seq
-    given = dialect.given(seq)
-    # Another worker may be forgetting the same rows right now: leave those to it.
-    free = dialect.locked(
-        select(seq).where(given.holds(seq)).order_by(seq), outbox_pending, wait=False
-    )
-    return delete(outbox_pending).where(seq.in_(free)), given
+    if dialect is not POSTGRESQL:
+        return delete(outbox_pending).where(given.holds(seq))
+    found = places(given, outbox_pending, seq == given.c.seq, free=True)
+    return delete(outbox_pending).where(place_of(outbox_pending) == found.c.at)

@@ -10,11 +10,18 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from functools import cache
 
-from sqlalchemy import Update, bindparam, or_, select, update
+from sqlalchemy import Update, select
 
 from sagacity.backends.sql import outbox
-from sagacity.backends.sql.dialects import Dialect, Given, Query, Row
+from sagacity.backends.sql.dialects import POSTGRESQL, Dialect, Given, Query
 from sagacity.backends.sql.executors import Executor
+from sagacity.backends.sql.merged import (
+    all_written,
+    due_at_once,
+    has_more,
+    woken_lanes,
+    write_at_once,
+)
 from sagacity.backends.sql.rows import (
     CORRELATION_COLUMNS,
     DEAD_LETTER_COLUMNS,
@@ -44,7 +51,7 @@ from sagacity.backends.sql.tables import (
     timeout,
     transition,
 )
-from sagacity.core.errors import Conflict, KeyTaken
+from sagacity.core.errors import KeyTaken
 from sagacity.core.plan import (
     CorrelationRow,
     DeadLetterRow,
@@ -56,6 +63,15 @@ from sagacity.ports import PendingRow
 
 def write_plan(on: Executor, plan: Plan, published: Sequence[int]) -> list[PendingRow]:
     """Writes a plan in the order of its lists; see `sagacity.ports.Transaction.write`."""
+    if on.dialect is POSTGRESQL:
+        pending = write_at_once(on, plan, published)
+        if has_more(plan):
+            on.plan_anew()
+            _write_correlations(on, plan)
+            _write_timeouts(on, plan)
+            _write_parked(on, plan)
+        write_records(on, plan.dead_letters)
+        return pending
     _write_sagas(on, plan)
     _write_inbox(on, plan)
     _write_correlations(on, plan)
@@ -71,23 +87,16 @@ def _write_sagas(on: Executor, plan: Plan) -> None:
     dialect = on.dialect
     rows = sorted(saga_row(instance) for instance in plan.saga_inserts)
     written = dialect.insert(on, saga, SAGA_COLUMNS, rows)
-    _all(written, rows, "new instances", "another worker started them first")
+    all_written(written, rows, "new instances", "another worker started them first")
     rows = sorted(saga_change(instance, before) for instance, before in plan.saga_updates)
     written = dialect.update(on, saga, SAGA_MATCH, SAGA_CHANGE, rows)
-    _all(written, rows, "instances at the expected version", "another worker changed them")
+    all_written(written, rows, "instances at the expected version", "another worker changed them")
 
 
 def _write_inbox(on: Executor, plan: Plan) -> None:
     rows = sorted(inbox_row(row, plan.now) for row in plan.inbox)
     written = on.dialect.insert(on, inbox, INBOX_COLUMNS, rows)
-    _all(written, rows, "unseen messages", "another worker handled them")
-
-
-def _all(written: int, rows: Sequence[Row], what: str, why: str) -> None:
-    if written != len(rows):
-        raise Conflict(
-            f"write: expected {len(rows)} {what}, got {written}; {why}; run the batch again"
-        )
+    all_written(written, rows, "unseen messages", "another worker handled them")
 
 
 # ------------------------------------------------------------------------------------ correlations
@@ -150,37 +159,30 @@ def _write_parked(on: Executor, plan: Plan) -> None:
     dialect = on.dialect
     keys = sorted({(who.encode(), id_.encode()) for who, id_ in plan.unparked})
     written = dialect.delete(on, parked, ("consumer", "message_id"), keys)
-    _all(written, keys, "parked messages", "another worker took them over")
+    all_written(written, keys, "parked messages", "another worker took them over")
     rows = sorted((parked_row(row) for row in plan.parked), key=lambda row: row[:2])
     written = dialect.insert(on, parked, PARKED_COLUMNS, rows)
-    _all(written, rows, "messages that are not parked yet", "another worker parked them")
+    all_written(written, rows, "messages that are not parked yet", "another worker parked them")
     if plan.released:
         statement, given = _released(dialect)
         keys = sorted({(who.encode(), id_.encode()) for who, id_ in plan.released})
         on.write(statement, {**given.arguments(keys), "now": plan.now})
     if plan.woken:
-        statement, given = _woken(dialect)
-        lanes = sorted({(saga_type, lane.encode()) for saga_type, lane in plan.woken})
-        on.write(statement, {**given.arguments(lanes), "now": plan.now})
-
-
-def _due_at_once() -> Update:
-    later = or_(parked.c.due_at.is_(None), parked.c.due_at > bindparam("now"))
-    return update(parked).where(later).values(due_at=bindparam("now"))
+        waked, given = _woken(dialect)
+        on.write(waked, {**given.arguments(woken_lanes(plan)), "now": plan.now})
 
 
 @cache
 def _released(dialect: Dialect) -> tuple[Update, Given]:
     key = (parked.c.consumer, parked.c.message_id)
     given = dialect.given(*key)
-    return _due_at_once().where(given.holds(*key)), given
+    return due_at_once(given.holds(*key)), given
 
 
 @cache
 def _woken(dialect: Dialect) -> tuple[Update, Given]:
-    key = (parked.c.saga_type, parked.c.lane)
-    given = dialect.given(*key)
-    return _due_at_once().where(given.holds(*key)), given
+    given = dialect.given(parked.c.saga_type, parked.c.lane)
+    return due_at_once(given.holds(parked.c.saga_type, parked.c.lane)), given
 
 
 # ----------------------------------------------------------------------------------------- records

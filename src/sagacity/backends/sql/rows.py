@@ -90,20 +90,36 @@ def saga_change(instance: Instance, version_before: int) -> Row:
 
 
 def instance_of(row: Any) -> Instance:
-    """The instance of a row of the table `saga`."""
+    """The instance of a row of the table `saga`, all columns in their order."""
+    (
+        saga_type,
+        key,
+        uid,
+        version,
+        status,
+        state,
+        schema_version,
+        data,
+        ledger,
+        started_at,
+        updated_at,
+    ) = row
     return Instance(
-        type=row.saga_type,
-        key=row.saga_key.decode(),
-        uid=row.uid.decode(),
-        version=row.version,
-        status=Status(row.status),
-        state=row.state,
-        schema_version=row.schema_version,
-        data=row.data,
-        ledger=decode_ledger(row.ledger),
-        started_at=row.started_at,
-        updated_at=row.updated_at,
+        type=saga_type,
+        key=key.decode(),
+        uid=uid.decode(),
+        version=version,
+        status=_STATUS[status],
+        state=state,
+        schema_version=schema_version,
+        data=data,
+        ledger=decode_ledger(ledger),
+        started_at=started_at,
+        updated_at=updated_at,
     )
+
+
+_STATUS = {status.value: status for status in Status}
 
 
 def listed(row: Any) -> SagaRow:
@@ -164,12 +180,13 @@ def outbox_row(row: OutboxRow, now: int) -> Row:
 
 
 def pending_of(row: Any) -> PendingRow:
-    """The pending row of `outbox_pending` joined with `outbox`."""
+    """The pending row of seq, lane, created_at, headers, body."""
+    seq, lane, created_at, headers, body = row
     return PendingRow(
-        seq=row.seq,
-        lane=row.lane.decode(),
-        created_at=row.created_at,
-        envelope=envelope_from(row.headers, row.body),
+        seq=seq,
+        lane=lane.decode(),
+        created_at=created_at,
+        envelope=envelope_from(headers, body),
     )
 
 

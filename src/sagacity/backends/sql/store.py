@@ -98,7 +98,7 @@ class SqlStore:
 
     def transaction(self) -> TransactionContext:
         """The transaction of a batch; see `Store.transaction`."""
-        return TransactionContext(OpenTransaction(self._database, "batch"))
+        return TransactionContext(OpenTransaction(self._database, "batch", keeps_plans=True))
 
     async def due(self, saga_types: Collection[str], limit: int) -> Due:
         """Timeouts and parked messages that are due; at most `limit` of each, oldest first."""

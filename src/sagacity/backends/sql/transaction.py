@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
-from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import case, exists, literal_column, null, select, true
 
 from sagacity.backends.sql.database import OpenTransaction
 from sagacity.backends.sql.dialects import (
+    POSTGRESQL,
     RELEASE,
     ROLL_BACK,
     SAVEPOINT,
+    SQLITE,
     Dialect,
     Given,
     Query,
+    each,
     lock_timeout,
+    matches,
 )
 from sagacity.backends.sql.errors import translated
 from sagacity.backends.sql.executors import Executor
@@ -107,14 +110,19 @@ def _correlated(on: Executor, lookups: Collection[Lookup]) -> dict[Lookup, tuple
 def _correlated_statement(dialect: Dialect) -> tuple[Query, Given]:
     key = (correlation.c.saga_type, correlation.c.name, correlation.c.value)
     given = dialect.given(*key)
-    return select(*key, correlation.c.saga_key).where(given.holds(*key)), given
+    if dialect is not POSTGRESQL:
+        return select(*key, correlation.c.saga_key).where(given.holds(*key)), given
+    of_value = select(correlation.c.saga_key).where(*matches(given, key)).correlate(given.clause)
+    found = each("found", of_value)
+    joined = given.clause.join(found, true())
+    return select(*given.columns, found.c.saga_key).select_from(joined), given
 
 
 @cache
 def _past_statement(dialect: Dialect) -> tuple[Query, Given]:
-    key = (correlation_past.c.saga_type, correlation_past.c.name, correlation_past.c.value)
-    given = dialect.given(*key)
-    return select(*key).where(given.holds(*key)), given
+    return dialect.present(
+        correlation_past.c.saga_type, correlation_past.c.name, correlation_past.c.value
+    )
 
 
 def _known(
@@ -147,75 +155,90 @@ def _encoded(pairs: Pairs) -> list[tuple[bytes, bytes]]:
 
 @cache
 def _seen(dialect: Dialect) -> tuple[Query, Given]:
-    key = (inbox.c.consumer, inbox.c.message_id)
-    given = dialect.given(*key)
-    return select(*key).where(given.holds(*key)), given
+    return dialect.present(inbox.c.consumer, inbox.c.message_id)
 
 
 @cache
 def _armed(dialect: Dialect) -> tuple[Query, Given]:
-    key = (timeout.c.uid, timeout.c.name, timeout.c.generation)
-    given = dialect.given(*key)
-    return select(*key).where(given.holds(*key)), given
+    return dialect.present(timeout.c.uid, timeout.c.name, timeout.c.generation)
 
 
 @cache
 def _still_parked(dialect: Dialect) -> tuple[Query, Given]:
-    key = (parked.c.consumer, parked.c.message_id)
-    given = dialect.given(*key)
-    return select(*key).where(given.holds(*key)), given
+    return dialect.present(parked.c.consumer, parked.c.message_id)
 
 
 # ------------------------------------------------------------------------------------------- locks
 
 
 def _load(on: Executor, pairs: list[tuple[str, bytes]], *, wait: bool) -> Loaded:
-    dialect = on.dialect
-    rows = None
-    if wait and not dialect.waits_for_writers:
-        rows = _locked_waiting(on, pairs)
-    if rows is None:
-        statement, given = _load_statement(dialect, False)
-        rows = on.read(statement, given.arguments(pairs))
-    loaded = [instance_of(row) for row in rows]
-    instances = {(instance.type, instance.key): instance for instance in loaded}
-    missing = [pair for pair in pairs if (pair[0], pair[1].decode()) not in instances]
-    busy: set[tuple[str, str]] = set()
-    if missing and not dialect.waits_for_writers:
-        # Not returned means held by somebody or absent; only a look without a lock tells which.
-        statement, given = _exists(dialect)
-        held = on.read(statement, given.arguments(missing))
-        busy = {(row.saga_type, row.saga_key.decode()) for row in held}
-    return Loaded(instances=instances, busy=busy)
+    loaded = Loaded(instances={}, busy=set())
+    if on.dialect is POSTGRESQL:
+        if wait:
+            _wait_for_locks(on, pairs)
+        statement, given = _postgresql_load()
+    else:
+        statement, given = _sqlite_load()
+    for is_held, *row in on.read(statement, given.arguments(pairs)):
+        if is_held:
+            loaded.busy.add((row[0], row[1].decode()))
+        elif is_held is None:
+            instance = instance_of(row)
+            loaded.instances[instance.type, instance.key] = instance
+    return loaded
 
 
-def _locked_waiting(on: Executor, pairs: list[tuple[str, bytes]]) -> Any:
-    """All rows, waiting in key order for each, or None when that takes too long."""
-    statement, given = _load_statement(on.dialect, True)
-    # Rare: one instance that was busy several times. Elsewhere there are no savepoints.
+def _wait_for_locks(on: Executor, pairs: list[tuple[str, bytes]]) -> None:
+    """Waits in key order for each instance and locks it; when that takes too long, for none.
+
+    Rare: for one instance that was busy several times. Nothing else needs savepoints.
+    """
+    statement, given = _waiting_load()
     on.write(SAVEPOINT)
     try:
         on.write(lock_timeout(WAIT_MS))
-        rows = on.read(statement, given.arguments(pairs))
+        on.read(statement, given.arguments(pairs))
     except Exception as error:
         if not isinstance(translated(error, "load"), Conflict):
             raise
         on.write(ROLL_BACK)
-        return None
+        return
     on.write(RELEASE)
-    return rows
+
+
+_KEY = (saga.c.saga_type, saga.c.saga_key)
 
 
 @cache
-def _load_statement(dialect: Dialect, wait: bool) -> tuple[Query, Given]:
-    key = (saga.c.saga_type, saga.c.saga_key)
-    given = dialect.given(*key)
-    statement = select(*saga.c).where(given.holds(*key)).order_by(*key)
-    return dialect.locked(statement, saga, wait=wait, weak=True), given
+def _sqlite_load() -> tuple[Query, Given]:
+    given = SQLITE.given(*_KEY)
+    # Whoever may write holds the whole file, so nothing is ever held by others.
+    return select(null().label("is_held"), *saga.c).where(given.holds(*_KEY)), given
 
 
 @cache
-def _exists(dialect: Dialect) -> tuple[Query, Given]:
-    key = (saga.c.saga_type, saga.c.saga_key)
-    given = dialect.given(*key)
-    return select(*key).where(given.holds(*key)), given
+def _waiting_load() -> tuple[Query, Given]:
+    given = POSTGRESQL.given(*_KEY)
+    return _locked_by_key(given, wait=True), given
+
+
+@cache
+def _postgresql_load() -> tuple[Query, Given]:
+    """The instances that are free, and for the other keys whether somebody holds one.
+
+    Not locked means held or absent; only a look without a lock tells which.
+    """
+    given = POSTGRESQL.given(*_KEY)
+    return _locked_by_key(given, wait=False), given
+
+
+def _locked_by_key(given: Given, *, wait: bool) -> Query:
+    """Locks in the order of the given keys, which everybody sorts."""
+    of_key = select(*saga.c).where(*matches(given, _KEY)).correlate(given.clause)
+    locked = each("locked", POSTGRESQL.locked(of_key, saga, wait=wait, weak=True))
+    there = exists(of_key.with_only_columns(literal_column("1")).offset(literal_column("0")))
+    is_held = case((locked.c.uid.is_(None), there)).label("is_held")
+    rest = list(locked.c)[len(_KEY) :]
+    return select(is_held, *given.columns, *rest).select_from(
+        given.clause.outerjoin(locked, true())
+    )

@@ -1,0 +1,228 @@
+"""What every batch writes, as one statement of PostgreSQL: one trip instead of one for each table.
+
+Its parts are data-modifying CTEs. All see the database as it was before the statement; no two parts
+write the same row, and none reads what another one wrote, except through what that returns. The parts
+that are counted run in the order they are counted in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    Update,
+    bindparam,
+    func,
+    literal_column,
+    or_,
+    select,
+    union_all,
+    update,
+)
+
+from sagacity.backends.sql import outbox
+from sagacity.backends.sql.dialects import (
+    POSTGRESQL,
+    Given,
+    Query,
+    Row,
+    given_update,
+    insert_from,
+    place_of,
+    places,
+    update_from,
+)
+from sagacity.backends.sql.executors import Executor
+from sagacity.backends.sql.rows import (
+    INBOX_COLUMNS,
+    OUTBOX_COLUMNS,
+    SAGA_CHANGE,
+    SAGA_COLUMNS,
+    SAGA_MATCH,
+    TRANSITION_COLUMNS,
+    inbox_row,
+    outbox_row,
+    pending_of,
+    saga_change,
+    saga_row,
+    transition_row,
+)
+from sagacity.backends.sql.tables import inbox, outbox_pending, parked, saga, transition
+from sagacity.backends.sql.tables import outbox as outbox_table
+from sagacity.core.errors import Conflict
+from sagacity.core.plan import Plan
+from sagacity.ports import PendingRow
+
+SAGAS, MOVES, INBOX, OUTBOX, HISTORY = "sagas", "moves", "inbox", "outbox", "history"
+FORGOTTEN, LANES, WOKEN = "forgotten", "lanes", "woken"
+
+_COUNTED = {
+    SAGAS: ("new instances", "another worker started them first"),
+    MOVES: ("instances at the expected version", "another worker changed them"),
+    INBOX: ("unseen messages", "another worker handled them"),
+}
+_FRESH, _OLDER, _NUMBER = 0, 1, 2
+"""What a row of the answer tells: a new outbox row, one that was pending, how many a part wrote."""
+
+
+def write_at_once(on: Executor, plan: Plan, published: Sequence[int]) -> list[PendingRow]:
+    """Writes instances, inbox, outbox and history of a plan, and forgets what was published.
+
+    Returns what to publish; see `sagacity.ports.Transaction.write`. Parked rows are woken here where
+    the plan does nothing else, see `has_more`: otherwise its other statements come before that.
+    """
+    messages = outbox.first_of_each(plan.outbox)
+    new_lanes = {instance.uid for instance in plan.saga_inserts}
+    lanes = {row.lane for row in plan.outbox if row.lane} - new_lanes
+    woken = [] if has_more(plan) else woken_lanes(plan)
+    rows: dict[str, Sequence[Row]] = {
+        SAGAS: sorted(saga_row(instance) for instance in plan.saga_inserts),
+        MOVES: sorted(saga_change(instance, before) for instance, before in plan.saga_updates),
+        INBOX: sorted(inbox_row(row, plan.now) for row in plan.inbox),
+        OUTBOX: [outbox_row(row, plan.now) for row in messages.values()],
+        HISTORY: [transition_row(row) for row in plan.transitions],
+        FORGOTTEN: [(seq,) for seq in sorted(set(published))],
+        LANES: [(lane.encode(),) for lane in sorted(lanes)],
+        WOKEN: woken,
+    }
+    parts = tuple(name for name, values in rows.items() if values)
+    if not parts:
+        return []
+    statement, given = _statement(parts)
+    arguments: dict[str, Any] = {"now": plan.now} if woken else {}
+    for name in parts:
+        arguments.update(given[name].arguments(rows[name]))
+    own: list[PendingRow] = []
+    older: list[Any] = []
+    for row in on.read(statement, arguments):
+        kind, number, name = row[0], row[1], row[2]
+        if kind == _FRESH:
+            sent = messages[name]
+            own.append(PendingRow(number, sent.lane, plan.now, sent.envelope))
+        elif kind == _OLDER:
+            older.append(row)
+        else:
+            part = name.decode()
+            all_written(number, rows[part], *_COUNTED[part])
+    of_own = {row.lane.encode() for row in own}
+    return outbox.in_order([pending_of(row[1:]) for row in older if row[2] in of_own], own)
+
+
+def all_written(written: int, rows: Sequence[Row], what: str, why: str) -> None:
+    """Raises Conflict where fewer rows were written than meant."""
+    if written != len(rows):
+        raise Conflict(
+            f"write: expected {len(rows)} {what}, got {written}; {why}; run the batch again"
+        )
+
+
+@cache
+def _statement(parts: tuple[str, ...]) -> tuple[Query, Mapping[str, Given]]:
+    """The statement for the tables that a plan has rows for, and where their rows go."""
+    given = {name: _given(name) for name in parts}
+    counted = {name: _written(name, given[name]) for name in parts if name in _COUNTED}
+    answers = [
+        _answer(_NUMBER, func.count(), f"CAST('{name}' AS BYTEA)").select_from(part)
+        for name, part in counted.items()
+    ]
+    apart: list[CTE] = []
+    if OUTBOX in parts:
+        fresh, pending = outbox.fresh_rows(given[OUTBOX])
+        answers.append(_answer(_FRESH, fresh.c.seq, fresh.c.message_id))
+        apart.append(pending)
+    if LANES in parts:
+        rows = outbox.rows_of_lanes(given[LANES], given.get(FORGOTTEN)).subquery("older")
+        answers.append(select(literal_column(str(_OLDER)), *rows.c))
+    apart.extend(
+        _written(name, given[name]) for name in (HISTORY, FORGOTTEN, WOKEN) if name in given
+    )
+    whole: Any = union_all(*(answers or [_answer(_FRESH, "0", "CAST('' AS BYTEA)").where(_NEVER)]))
+    return whole.add_cte(*apart), given
+
+
+_NEVER: ColumnElement[bool] = literal_column("FALSE")
+
+
+def _answer(kind: int, number: Any, name: Any) -> Any:
+    """A row as wide as one of a pending message."""
+    empty = "CAST('' AS BYTEA)"
+    columns = (str(kind), number, name, "0", empty, empty)
+    return select(*(literal_column(one) if isinstance(one, str) else one for one in columns))
+
+
+def _given(part: str) -> Given:
+    if part == MOVES:
+        return given_update(part, saga, SAGA_MATCH, SAGA_CHANGE)
+    columns = {
+        SAGAS: [saga.c[name] for name in SAGA_COLUMNS],
+        INBOX: [inbox.c[name] for name in INBOX_COLUMNS],
+        OUTBOX: [outbox_table.c[name] for name in OUTBOX_COLUMNS],
+        HISTORY: [transition.c[name] for name in TRANSITION_COLUMNS],
+        FORGOTTEN: [outbox_pending.c.seq],
+        LANES: [outbox_pending.c.lane],
+        WOKEN: [parked.c.saga_type, parked.c.lane],
+    }
+    return POSTGRESQL.given(*columns[part], name=part)
+
+
+def _written(part: str, given: Given) -> CTE:
+    """The statement of one table."""
+    statement: Any
+    match part:
+        case "sagas":
+            statement = insert_from(given, saga, SAGA_COLUMNS).on_conflict_do_nothing()
+        case "moves":
+            statement = update_from(given, saga, SAGA_MATCH, SAGA_CHANGE)
+        case "inbox":
+            statement = insert_from(given, inbox, INBOX_COLUMNS).on_conflict_do_nothing()
+        case "history":
+            statement = insert_from(given, transition, TRANSITION_COLUMNS)
+        case "forgotten":
+            statement = outbox.forgetting(POSTGRESQL, given)
+        case _:
+            statement = _waking(given)
+    if part in _COUNTED:
+        statement = statement.returning(literal_column("1").label("one"))
+    made: CTE = statement.cte(f"write_{part}")
+    return made
+
+
+# ------------------------------------------------------------------------------------------ waking
+
+
+def has_more(plan: Plan) -> bool:
+    """True where a plan writes to tables that few plans write to."""
+    return bool(
+        plan.parked
+        or plan.unparked
+        or plan.released
+        or plan.timeouts
+        or plan.timeouts_cancelled
+        or plan.correlations
+        or plan.correlations_dropped
+        or plan.correlations_past
+    )
+
+
+def woken_lanes(plan: Plan) -> list[tuple[str, bytes]]:
+    """What rows must be parked for to be woken."""
+    return sorted({(saga_type, lane.encode()) for saga_type, lane in plan.woken})
+
+
+def due_at_once(*conditions: ColumnElement[bool]) -> Update:
+    """Parked rows that are not due yet, and fulfil conditions, are due now."""
+    return update(parked).where(IS_LATER, *conditions).values(due_at=bindparam("now"))
+
+
+def _waking(given: Given) -> Update:
+    """The same for the rows that are parked for something."""
+    of_lane = (parked.c.saga_type == given.c.saga_type, parked.c.lane == given.c.lane)
+    found = places(given, parked, IS_LATER, *of_lane)
+    return due_at_once(place_of(parked) == found.c.at)
+
+
+IS_LATER = or_(parked.c.due_at.is_(None), parked.c.due_at > bindparam("now"))
