@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import anyio
@@ -69,8 +69,14 @@ async def test_a_stop_while_due_messages_are_being_found() -> None:
             store.open.set()
 
 
-async def _live(place: Site, shop: Shop, name: str, turns: int, *, kill: bool) -> None:
-    """One worker that is told to end after some turns of the loop; fails if it does not in time."""
+async def _live(
+    place: Site, shop: Shop, name: str, ends: Callable[[int], bool], *, kill: bool
+) -> int:
+    """One worker that is told to end as soon as `ends` says so of the turns of the loop so far.
+
+    Returns the turns. Fails if it does not end in time.
+    """
+    turns = 0
     store, bus = SqlStore(place.store_url), RedisBus(place.bus_url)
     changed: dict[str, Any] = {**QUICK, "lease_s": 1.0}
     settings = Settings(store=place.store_url, bus=place.bus_url, **changed)
@@ -79,13 +85,15 @@ async def _live(place: Site, shop: Shop, name: str, turns: int, *, kill: bool) -
     with anyio.fail_after(10):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(worker.run)
-            for _ in range(turns):
+            while not ends(turns):
+                turns += 1
                 await anyio.lowlevel.checkpoint()
             (worker.kill if kill else worker.stop)()
     assert not worker.ready
     await bus.close()
     await store.close()
     assert asyncio.all_tasks() <= before, "no task is left behind"
+    return turns
 
 
 @pytest.mark.slow
@@ -96,12 +104,14 @@ async def test_workers_that_end_at_any_moment_lose_nothing(
     """Thirty workers, stopped or killed anywhere from their first turn on: all orders end well."""
     moments = random.Random(seed)
     shop = Shop()
-    orders = 120
+    orders = 400
     async with site(sqlite_url, redis_url) as place:
         await place.publish(*(OrderPlaced(f"o{n}", n) for n in range(orders)))
+        # How many turns it takes to get something done is another number on each machine.
+        whole = await _live(place, shop, "first", lambda _: len(shop.did) >= 10, kill=True)
         for life in range(30):
-            turns = int(moments.expovariate(1 / 400))
-            await _live(place, shop, f"w{life}", turns, kill=moments.random() < 0.5)
+            turns = moments.expovariate(8 / whole)
+            await _live(place, shop, f"w{life}", turns.__le__, kill=moments.random() < 0.5)
         assert 0 < len(shop.did) < 4 * orders, "they ended in the middle of the work"
         async with place.worker(shop.service(), "last", lease_s=1.0):
             await place.quiet(completed=orders)

@@ -133,6 +133,10 @@ class Worker:
         self._tried: set[tuple[str, str]] = set()
         """Entries (topic, entry id) that this process has run alone."""
         self._clock_wake = anyio.Event()
+        self._done: list[Delivery] = []
+        """Committed entries that are to be acknowledged."""
+        self._done_wake = anyio.Event()
+        self._read_ended = False
         self._joined = False
         self._progress_at = time.monotonic()
         self._reclaim_at = 0.0
@@ -195,7 +199,10 @@ class Worker:
                         tasks.start_soon(self.janitor.run, self.settings.cleaning_interval_s)
                         if self.participants.limits:
                             tasks.start_soon(self.participants.run)
+                        tasks.start_soon(self._acknowledge)
                         await self._read_until_stopped()
+                        self._read_ended = True
+                        self._done_wake.set()
                         self.relay.stop()
                 finally:
                     self._joined = False
@@ -383,20 +390,32 @@ class Worker:
     async def _after(self, settled: Settled) -> None:
         for outcome, count in settled.outcomes.items():
             self._counts[str(outcome)] = self._counts.get(str(outcome), 0) + count
+        # Before publishing: it may be answered before the acknowledgement is on its way.
+        self._done += settled.done
+        self._done_wake.set()
         await self.cycle.publish(settled.pending)
-        if settled.done and self._subscription is not None:
-            try:
-                await self._subscription.ack(settled.done)
-            except BusError as error:
-                # They come again and are recognised.
-                log.warning(
-                    "Acknowledging failed",
-                    extra={"messages": len(settled.done), "error": str(error)},
-                )
         if settled.work:
             self.participants.notify()
         if settled.due:
             self._clock_wake.set()
+
+    async def _acknowledge(self) -> None:
+        """Acknowledges what batches have done, beside the next batches; ends when all is told."""
+        assert self._subscription is not None
+        while self._done or not self._read_ended:
+            self._done_wake = anyio.Event()
+            if not self._done:
+                await self._done_wake.wait()
+                continue
+            done, self._done = self._done, []
+            try:
+                with anyio.CancelScope(shield=True):
+                    await self._subscription.ack(done)
+            except BusError as error:
+                # They come again and are recognised.
+                log.warning(
+                    "Acknowledging failed", extra={"messages": len(done), "error": str(error)}
+                )
 
     async def _watch_the_clock(self) -> None:
         """Brings due timeouts and parked messages to the loop."""
