@@ -8,12 +8,12 @@ statement is compiled once.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import msgspec
 from sqlalchemy import (
     ARRAY,
     BigInteger,
@@ -33,6 +33,7 @@ from sqlalchemy import (
     Tuple,
     Update,
     bindparam,
+    cast,
     column,
     delete,
     exists,
@@ -316,6 +317,9 @@ def _sqlite_given(given_name: str, columns: tuple[tuple[str, TypeEngine[Any]], .
         value: Any = func.json_extract(rows.c.value, literal_column(f"'$[{place}]'"))
         if _is_bytes(type_):
             value = getattr(func, UNHEX)(value)
+        else:
+            # SQLite uses an index only as far as both sides are of one kind.
+            value = cast(value, type_)
         shown.append(type_coerce(value, type_).label(name))
     hexed = [_is_bytes(type_) for _, type_ in columns]
 
@@ -323,7 +327,7 @@ def _sqlite_given(given_name: str, columns: tuple[tuple[str, TypeEngine[Any]], .
         document = [
             [v.hex() if h else v for v, h in zip(row, hexed, strict=True)] for row in values
         ]
-        return {outside: json.dumps(document)}
+        return {outside: msgspec.json.encode(document).decode()}
 
     return Given(select(*shown).subquery(given_name), arguments, [name for name, _ in columns])
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -204,8 +205,7 @@ class SqliteExecutor(Executor):
         compiled = self._compiled(statement)
         values = rows
         if compiled.names != tuple(names):
-            places = [names.index(name) for name in compiled.names]
-            values = [tuple(row[place] for place in places) for row in rows]
+            values = list(map(itemgetter(*(names.index(name) for name in compiled.names)), rows))
         if self._watcher is not None:
             self._watcher(compiled.text, values, True)
         return self._connection.executemany(compiled.text, values).rowcount
