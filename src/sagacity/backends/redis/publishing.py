@@ -6,6 +6,8 @@ takes each entry packed: msgpack is written in one call here and read in one the
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from sagacity.backends.redis.entry import entry_size
@@ -52,7 +54,7 @@ class Batch:
 
     def add(self, key: str, envelope: Envelope) -> None:
         """Takes up a message. Raises BusError for one that is too large."""
-        fields: list[str | bytes | int] = [*to_fields(envelope)]
+        fields: list[Any] = to_fields(envelope)
         body = envelope.body
         fields[-1] = self._numbers.setdefault(key, len(self._numbers) + 1)
         header = _pack(fields)
