@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -48,24 +48,31 @@ def load(running: Running, case: Case, count: int) -> dict[str, float]:
         *case.options,
     ]
     with Memory(running) as memory:
-        try:
-            done = subprocess.run(
-                command,
-                cwd=CHECKOUT,
-                capture_output=True,
-                text=True,
-                timeout=LOAD_DEADLINE_S + 15,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise running.failure(f"the load did not end ({case.workload})") from error
-    if done.returncode != 0 or not done.stdout.strip():
-        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        output, error = _finished(command, running, case)
+    if not output:
+        last = (error.strip().splitlines() or ["no word"])[-1]
         raise running.failure(f"{case.workload} at {case.concurrency}: {last}")
-    if running.process.poll() is not None:
-        raise running.failure(f"died under {case.workload} at {case.concurrency}")
-    figures: dict[str, float] = json.loads(done.stdout)
+    figures: dict[str, float] = json.loads(output)
     return {**figures, "rss_mb": memory.peak_mb}
+
+
+def _finished(command: list[str], running: Running, case: Case) -> tuple[str, str]:
+    """What a load printed. Raises SystemFailed as soon as the system has died."""
+    until = time.monotonic() + LOAD_DEADLINE_S + 15
+    with subprocess.Popen(
+        command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            while time.monotonic() < until:
+                with suppress(subprocess.TimeoutExpired):
+                    output, error = process.communicate(timeout=0.5)
+                    if running.process.poll() is None:
+                        return output, error
+                if running.process.poll() is not None:
+                    raise running.failure(f"died under {case.workload} at {case.concurrency}")
+        finally:
+            process.kill()
+    raise running.failure(f"the load did not end ({case.workload})")
 
 
 class Turns:
@@ -86,6 +93,11 @@ class Turns:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    @property
+    def running(self) -> Sequence[Running]:
+        """The systems that are up."""
+        return self._up
 
     def add(self, systems: Sequence[System]) -> None:
         """Starts systems and warms them up; one that fails is left out."""

@@ -12,6 +12,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -61,6 +62,8 @@ def main() -> None:
             curve_repeats=min(options.repeats, extent.curve_repeats),
         )
     only = {name for name in options.only.split(",") if name}
+    # So that servers and systems are stopped then, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     session = Session(extent, only, options.stores.split(","))
     rows, run = session()
     name = "quick" if options.quick else "latest"

@@ -35,7 +35,7 @@ class Place:
 
 
 class Servers:
-    """Started on entry, gone with all data on exit."""
+    """Started when they are first needed, gone with all data on exit."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -49,7 +49,6 @@ class Servers:
                 prefix="sagacity-bench-", ignore_cleanup_errors=True
             )
             self._folder = Path(stack.enter_context(folder))
-            stack.enter_context(self._postgres)
             self._stack = stack.pop_all()
         return self
 
@@ -66,6 +65,8 @@ class Servers:
                 with tempfile.TemporaryDirectory(dir=self._folder) as folder:
                     yield Place(f"sqlite:///{folder}/bench.db", redis.url, log)
                 return
+            if not self._postgres.running:
+                self._stack.enter_context(self._postgres)
             made = self._postgres.new_database()
             database = make_url(made).database
             try:
