@@ -1,10 +1,14 @@
-"""The statements of `benchmarks.bare`: one for each table and batch, on the drivers themselves."""
+"""The statements of `benchmarks.bare`, on the drivers themselves.
+
+On SQLite one for each table and batch; on PostgreSQL two, one that reads and one that writes, for there
+each is a trip.
+"""
 
 from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import asyncpg
@@ -43,55 +47,85 @@ def _check(written: int, meant: int, what: str) -> None:
 # --------------------------------------------------------------------------------------- PostgreSQL
 
 
-def _arrays(types: str) -> str:
-    return ", ".join(f"${n}::{name}[]" for n, name in enumerate(types.split(), 1))
+class _Parameters:
+    """Numbers of parameters, in the order in which they are asked for."""
+
+    def __init__(self, first: int) -> None:
+        self.next = first
+
+    def __call__(self, types: str) -> str:
+        names = types.split()
+        self.next += len(names)
+        first = self.next - len(names)
+        return ", ".join(f"${n}::{name}[]" for n, name in enumerate(names, first))
 
 
-def _insert(table: str, columns: str, types: str, same: dict[str, str]) -> str:
+def _insert(table: str, columns: str, types: str, same: dict[str, str], number: _Parameters) -> str:
     names = ", ".join(columns.split())
-    now = f"${len(types.split()) + 1}::int8"
-    values = ", ".join(value.format(now=now) for value in same.values())
+    values = ", ".join(value.format(now="$1::int8") for value in same.values())
     return (
         f"INSERT INTO {P}{table} ({names}, {', '.join(same)}) SELECT {names}, {values} "
-        f"FROM unnest({_arrays(types)}) WITH ORDINALITY AS given({names}, place) ORDER BY place"
+        f"FROM unnest({number(types)}) WITH ORDINALITY AS given({names}, place) ORDER BY place"
     )
 
 
-_LOAD = (
-    f"SELECT {', '.join(SAGA.split())} FROM {P}saga WHERE (saga_type, saga_key) IN "
-    "(SELECT * FROM unnest($1::text[], $2::bytea[])) ORDER BY saga_type, saga_key "
-    "FOR NO KEY UPDATE SKIP LOCKED"
+_SHOWN = ", ".join(SAGA.split())
+_READ = f"""
+WITH locked AS (
+    SELECT {_SHOWN} FROM {P}saga
+    WHERE (saga_type, saga_key) IN (SELECT * FROM unnest($1::text[], $2::bytea[]))
+    ORDER BY saga_type, saga_key FOR NO KEY UPDATE SKIP LOCKED
 )
-_SEEN = (
-    f"SELECT message_id FROM {P}inbox WHERE (consumer, message_id) IN "
-    "(SELECT * FROM unnest($1::bytea[], $2::bytea[]))"
-)
-_UPDATE = (
-    f"UPDATE {P}saga AS saga SET {', '.join(f'{n} = given.{n}' for n in CHANGED)}, "
-    f"schema_version = 1, updated_at = ${len(CHANGED) + 4}::int8 "
-    f"FROM unnest({_arrays('text bytea int8 ' + ' '.join(SAGA_TYPES.split()[2:]))}) "
-    f"AS given(saga_type, saga_key, before, {', '.join(CHANGED)}) "
-    "WHERE saga.saga_type = given.saga_type AND saga.saga_key = given.saga_key "
-    "AND saga.version = given.before"
-)
-_OUTBOX = (
-    f"WITH fresh AS ({_insert('outbox', OUTBOX, OUTBOX_TYPES, OUTBOX_SAME)} "
-    "RETURNING seq, lane, created_at), "
-    f"pending AS (INSERT INTO {P}outbox_pending SELECT seq, lane, created_at FROM fresh) "
-    "SELECT seq FROM fresh"
-)
-_FORGET = f"DELETE FROM {P}outbox_pending WHERE seq = ANY($1::int8[])"
+SELECT NULL::bytea, {_SHOWN} FROM locked
+UNION ALL
+SELECT message_id, {", ".join(["NULL"] * len(SAGA.split()))} FROM {P}inbox
+WHERE (consumer, message_id) IN (SELECT * FROM unnest($3::bytea[], $4::bytea[]))
+"""
+
+
+def _write_statement() -> str:
+    """Everything that a batch writes: one trip instead of one for each table."""
+    number = _Parameters(2)  # the first is the time
+    sagas = _insert("saga", SAGA, SAGA_TYPES, SAGA_SAME, number)
+    moves = number("text bytea int8 " + " ".join(SAGA_TYPES.split()[2:]))
+    inbox = _insert("inbox", INBOX, INBOX_TYPES, INBOX_SAME, number)
+    outbox = _insert("outbox", OUTBOX, OUTBOX_TYPES, OUTBOX_SAME, number)
+    history = _insert("transition", TRANSITION, TRANSITION_TYPES, TRANSITION_SAME, number)
+    gone = number("int8")
+    return f"""
+WITH sagas AS ({sagas}),
+moved AS (
+    UPDATE {P}saga AS saga
+    SET {", ".join(f"{name} = given.{name}" for name in CHANGED)},
+        schema_version = 1, updated_at = $1::int8
+    FROM unnest({moves}) AS given(saga_type, saga_key, before, {", ".join(CHANGED)})
+    WHERE saga.saga_type = given.saga_type AND saga.saga_key = given.saga_key
+        AND saga.version = given.before
+    RETURNING 1
+),
+inbox AS ({inbox}),
+fresh AS ({outbox} RETURNING seq, lane, created_at),
+pending AS (INSERT INTO {P}outbox_pending SELECT seq, lane, created_at FROM fresh),
+history AS ({history}),
+gone AS (DELETE FROM {P}outbox_pending WHERE seq = ANY({gone}))
+SELECT (SELECT count(*) FROM moved), ARRAY(SELECT seq FROM fresh)
+"""
+
 
 _STATEMENTS = {
-    "load": _LOAD,
-    "seen": _SEEN,
-    "insert": _insert("saga", SAGA, SAGA_TYPES, SAGA_SAME),
-    "update": _UPDATE,
-    "inbox": _insert("inbox", INBOX, INBOX_TYPES, INBOX_SAME),
-    "outbox": _OUTBOX,
-    "transition": _insert("transition", TRANSITION, TRANSITION_TYPES, TRANSITION_SAME),
-    "forget": _FORGET,
+    "read": _READ,
+    "write": _write_statement(),
+    "forget": f"DELETE FROM {P}outbox_pending WHERE seq = ANY($1::int8[])",
 }
+SAGA_WIDTH, INBOX_WIDTH, OUTBOX_WIDTH, TRANSITION_WIDTH = (
+    len(columns.split()) for columns in (SAGA, INBOX, OUTBOX, TRANSITION)
+)
+
+
+def _columns(rows: list[Row], width: int) -> Iterable[Sequence[Any]]:
+    return zip(*rows, strict=True) if rows else ((),) * width
+
+
 # Plans are made once: with these settings, the only ones that exist use the indexes, so a plan made
 # while the tables were empty is right for ever. No general program may do so.
 _SETTINGS = {
@@ -125,29 +159,28 @@ class PostgresqlStore:
         do = self._do
         await self._connection.execute("BEGIN")
         pairs = sorted({(m.saga_type, m.saga_key) for m in messages})
-        rows = await do["load"].fetch(*map(list, zip(*pairs, strict=True)))
+        keys = map(list, zip(*pairs, strict=True))
         asked = [m.saga_type.encode() for m in messages], [m.id for m in messages]
-        seen = [row[0] for row in await do["seen"].fetch(*asked)]
+        rows: list[Row] = []
+        seen: list[bytes] = []
+        for message_id, *row in await do["read"].fetch(*keys, *asked):
+            if message_id is None:
+                rows.append(tuple(row))
+            else:
+                seen.append(message_id)
         writes = Batch(self._prefix, _now())(messages, rows, seen)
-        await self._write("insert", writes.inserts, writes.now)
-        await self._write("update", writes.updates, writes.now)
-        await self._write("inbox", writes.inbox, writes.now)
-        numbers: list[int] = []
-        if writes.outbox:
-            fresh = await do["outbox"].fetch(*zip(*writes.outbox, strict=True), writes.now)
-            numbers = [row[0] for row in fresh]
-            _check(len(numbers), len(writes.outbox), "outbox")
-        await self._write("transition", writes.transitions, writes.now)
-        if published:
-            await do["forget"].fetch(published)
+        moved, numbers = await do["write"].fetchrow(
+            writes.now,
+            *_columns(writes.inserts, SAGA_WIDTH),
+            *_columns(writes.updates, SAGA_WIDTH + 1),
+            *_columns(writes.inbox, INBOX_WIDTH),
+            *_columns(writes.outbox, OUTBOX_WIDTH),
+            *_columns(writes.transitions, TRANSITION_WIDTH),
+            published,
+        )
+        _check(moved, len(writes.updates), "update")
         await self._connection.execute("COMMIT")
         return writes, numbers
-
-    async def _write(self, name: str, rows: list[Row], now: int) -> None:
-        if rows:
-            statement = self._do[name]
-            await statement.fetch(*zip(*rows, strict=True), now)
-            _check(int(statement.get_statusmsg().rpartition(" ")[2]), len(rows), name)
 
     async def forget(self, published: list[int]) -> None:
         """Deletes pending rows in a transaction of its own."""

@@ -62,9 +62,9 @@ between them take.
 """
 
 LIMIT_TEXT = """\
-The bare parts are asyncpg or sqlite3, hiredis on one socket, and msgspec, in one process: one statement for
-each table and batch, one write to Redis, a dictionary as state machine. They give the same
-durability and nothing else: no retries, no timeouts, no second worker, no safe restart, one workload known
+The bare parts are asyncpg or sqlite3, hiredis on one socket, and msgspec, in one process: for each batch one
+statement that reads and one that writes (on SQLite one for each table), one write to Redis, and a
+dictionary as state machine. They give the same durability and nothing else: no retries, no timeouts, no second worker, no safe restart, one workload known
 beforehand. They are measured with one batch at a time and with two under way, and the better one counts.
 """
 
