@@ -68,12 +68,25 @@ async def test_a_batch_writes_only_what_it_has(store_url: str) -> None:
 @pytest.mark.requirement("R35")
 @pytest.mark.slow
 async def test_polling_costs_the_same_whatever_the_history(store_url: str) -> None:
+    await _polling_is_cheap(store_url, HISTORY)
+
+
+@pytest.mark.requirement("R35")
+@pytest.mark.slow
+@pytest.mark.parametrize("database", ["sqlite_url", "postgres_url"])
+async def test_polling_costs_the_same_after_a_million(
+    database: str, request: pytest.FixtureRequest
+) -> None:
+    await _polling_is_cheap(str(request.getfixturevalue(database)), 10 * HISTORY)
+
+
+async def _polling_is_cheap(store_url: str, many: int) -> None:
     store = SqlStore(store_url, clock=VirtualClock())
     try:
         await store.prepare(create=True)
         async with store.transaction() as transaction:
             await transaction.write(_something_of_everything(transaction.now))
-        await _fill(store.engine)
+        await _fill(store.engine, many)
         await _analyze(store.engine)
         with logged(store) as statements:
             await _poll(store)
@@ -104,7 +117,7 @@ async def test_plans_that_are_kept_stay_right_when_tables_grow(postgres_url: str
                 switch = f"ALTER TABLE {table} SET (autovacuum_enabled = false)"
                 await connection.execute(text(switch))
         await one_batch(store, 4)
-        await _fill(other, busy=True)
+        await _fill(other, HISTORY, busy=True)
         await other.dispose()
         before = await _settled_counters(other, HISTORY)
         await one_batch(store, 4, base=100)
@@ -161,7 +174,7 @@ async def _poll(store: SqlStore) -> None:
         )
 
 
-async def _fill(engine: AsyncEngine, *, busy: bool = False) -> None:
+async def _fill(engine: AsyncEngine, many: int, *, busy: bool = False) -> None:
     """A long history: everything published, everything handled; if `busy`, much is to be done, too."""
     generate = (
         "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :many) "
@@ -205,7 +218,7 @@ async def _fill(engine: AsyncEngine, *, busy: bool = False) -> None:
     async with engine.begin() as connection:
         for table, values in (tables | (to_do if busy else {})).items():
             await connection.execute(
-                text(f"INSERT INTO {table} {generate} SELECT {values} FROM n"), {"many": HISTORY}
+                text(f"INSERT INTO {table} {generate} SELECT {values} FROM n"), {"many": many}
             )
 
 
