@@ -41,7 +41,7 @@ class Extent:
 FULL_FORM = Extent(
     form="full",
     repeats=5,
-    seconds=1.2,
+    seconds=1.0,
     concurrencies=(10, 100, 1000, 2000),
     workers=(1, 2),
     variants=("compensate", "hot", "duplicates", "payload-2k", "payload-20k"),
@@ -101,5 +101,5 @@ def sagas(case: Case, pace: float, seconds: float) -> int:
     """
     if case.rate:
         return max(10, int(case.rate * seconds * 2))
-    filled = min(int(2.5 * case.concurrency), max(case.concurrency, int(pace * seconds * 6)))
+    filled = min(int(2.5 * case.concurrency), max(case.concurrency, int(pace * seconds * 3)))
     return max(20, filled, int(pace * seconds))

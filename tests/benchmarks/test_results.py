@@ -93,8 +93,8 @@ def test_a_run_with_nothing_has_no_ratios() -> None:
 @pytest.mark.parametrize(
     ("case", "pace", "count"),
     [
-        (happy(1000), 500.0, 2500),  # the loop is filled more than twice
-        (happy(1000), 100.0, 1200),  # what is slow: not quite
+        (happy(1000), 900.0, 2500),  # the loop is filled more than twice
+        (happy(1000), 250.0, 1500),  # what is slow: not quite
         (happy(200), 5.0, 200),  # but once
         (happy(10), 3000.0, 6000),
         (Case("idle", 1), 5.0, 20),
