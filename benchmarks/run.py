@@ -41,7 +41,7 @@ from benchmarks.results import (
     save,
 )
 from benchmarks.servers import POSTGRESQL_SETTINGS, Servers
-from benchmarks.systems import System, bare_parts, sagacity
+from benchmarks.systems import CHECKOUT, System, bare_parts, sagacity
 from benchmarks.terminal import show
 
 
@@ -115,7 +115,7 @@ class Session:
         run.versions = {**versions(), **run.versions}
         run.settings = {**settings(), **run.settings}
         run.repeats, run.seconds = self._ledger.details, round(time.monotonic() - self._began, 1)
-        run.failures = self._ledger.failures
+        run.failures = [one.replace(str(CHECKOUT), ".") for one in self._ledger.failures]
         return rows, run
 
     # ------------------------------------------------------------------------------------- one store

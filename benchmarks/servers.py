@@ -19,7 +19,7 @@ POSTGRESQL_SETTINGS = {
     "shared_buffers": "512MB",
     "max_wal_size": "4GB",
     "checkpoint_timeout": "30min",
-    "max_connections": "400",
+    "max_connections": "1000",
 }
 """Beside the defaults: fsync, full_page_writes and synchronous_commit are on."""
 
