@@ -12,6 +12,16 @@ from benchmarks.servers import Place
 from benchmarks.systems import System, SystemFailed
 
 
+def peer_names() -> set[str]:
+    """The names of all peers, installed or not."""
+    try:
+        return {
+            name.replace("_", "-") for name in importlib.import_module("benchmarks.peers").PEERS
+        }
+    except (ImportError, AttributeError):
+        return set()
+
+
 def peer_systems(
     only: set[str], run: Run, say: Callable[[str], None]
 ) -> tuple[list[System], list[str]]:

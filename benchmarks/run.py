@@ -26,7 +26,7 @@ import psutil
 from benchmarks import cases
 from benchmarks.cases import Case, Extent
 from benchmarks.measuring import Ledger, Turns
-from benchmarks.peering import peer_systems
+from benchmarks.peering import peer_names, peer_systems
 from benchmarks.results import (
     FOLDER,
     LIMIT,
@@ -62,9 +62,15 @@ def main() -> None:
             curve_repeats=min(options.repeats, extent.curve_repeats),
         )
     only = {name for name in options.only.split(",") if name}
+    stores = options.stores.split(",")
+    for given, known in ((only, {OURS, LIMIT, *peer_names()}), (set(stores), set(STORES))):
+        if given - known:
+            parser.error(
+                f"expected some of {', '.join(sorted(known))}, got {', '.join(given - known)}"
+            )
     # So that servers and systems are stopped then, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    session = Session(extent, only, options.stores.split(","))
+    session = Session(extent, only, stores)
     rows, run = session()
     name = "quick" if options.quick else "latest"
     save(options.out, name, rows, run)
