@@ -19,12 +19,16 @@ from sagacity.backends.sql.dialects import POSTGRESQL, SQLITE, UNHEX, Dialect, d
 from sagacity.backends.sql.errors import translated
 from sagacity.backends.sql.executors import CoreExecutor, Executor
 from sagacity.backends.sql.links import (
+    AIOSQLITE,
+    ASYNCPG,
     OPENED_AT,
+    PSYCOPG,
     AiosqliteLink,
     AsyncpgLink,
     CoreLink,
     Direct,
     Link,
+    PsycopgLink,
 )
 from sagacity.backends.sql.turns import Turn, Turns
 from sagacity.core.errors import ConfigurationError, Unavailable
@@ -210,7 +214,8 @@ class Database:
             return CoreLink(self.engine, {READ_ONLY: read_only, TURN: turn})
         if self.dialect is SQLITE:
             return AiosqliteLink(self.direct, read_only=read_only)
-        return AsyncpgLink(self.direct, keeps_plans=keeps_plans)
+        link = PsycopgLink if self.engine.driver == PSYCOPG else AsyncpgLink
+        return link(self.direct, keeps_plans=keeps_plans)
 
     async def bounded(self, what: str, action: Callable[[], Awaitable[T]]) -> T:
         """Awaits `action` shielded from cancellation, for at most the deadline.
@@ -241,7 +246,8 @@ class Database:
 def _direct(engine: AsyncEngine) -> Direct | None:
     """For engines whose driver we speak to; a statement that SQLAlchemy must rewrite needs SQLAlchemy."""
     rewritten = "schema_translate_map" in engine.get_execution_options()
-    return Direct(engine) if engine.driver in {"asyncpg", "aiosqlite"} and not rewritten else None
+    known = engine.driver in {ASYNCPG, PSYCOPG, AIOSQLITE}
+    return Direct(engine) if known and not rewritten else None
 
 
 def _core(on: Executor) -> Connection:

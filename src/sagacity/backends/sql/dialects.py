@@ -245,10 +245,7 @@ class PostgresqlDialect(Dialect):
         """See `Dialect.present`; one look for each row."""
         given = self.given(*columns)
         there = exists(
-            select(literal_column("1"))
-            .where(*matches(given, columns))
-            .correlate(given.clause)
-            .offset(_NONE)
+            select(ONE).where(*matches(given, columns)).correlate(given.clause).offset(_NONE)
         )
         return select(*(given.c[column.name] for column in columns)).where(there), given
 
@@ -443,6 +440,7 @@ def update_from(given: Given, table: Table, match: Sequence[str], change: Sequen
 # such a look apart; without it the planner would be free to walk through the table once instead.
 
 _NONE: ColumnElement[int] = literal_column("0")
+ONE: ColumnElement[int] = literal_column("1")
 
 
 def matches(given: Given, columns: Sequence[Column[Any]]) -> list[ColumnElement[bool]]:

@@ -87,12 +87,8 @@ def translated(error: Exception, what: str) -> Exception:
     state = _sqlstate(error)
     if state is not None:  # asyncpg raises its own errors while it connects
         return _from_state(state, what, error)
-    if isinstance(error, sqlite3.Error):
+    if isinstance(error, sqlite3.Error) or _of_driver(error):
         return _from_driver(error, what)
-    if _of_driver(error):
-        if isinstance(error, ValueError):  # asyncpg could not encode a value
-            return _without_code(error, what)
-        return Unavailable(f"{what}: the connection is broken: {_line(error)}")
     if isinstance(error, SQLAlchemyError):
         return StoreError(f"{what}: {_line(error)}")
     return error
@@ -123,10 +119,6 @@ def _from_driver(driver: BaseException | None, what: str) -> StoreError:
     code = getattr(driver, "sqlite_errorcode", None)
     if code is not None:
         return _from_sqlite(code, what, driver)
-    return _without_code(driver, what)
-
-
-def _without_code(driver: BaseException | None, what: str) -> StoreError:
     # Without a code the driver never heard from the server, or refused a value by itself.
     name = type(driver).__name__
     if name in {"DataError", "ProgrammingError"} or isinstance(driver, ValueError | TypeError):

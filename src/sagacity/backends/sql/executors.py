@@ -20,15 +20,12 @@ from sqlalchemy.util import await_only
 from sagacity.backends.sql.dialects import POSTGRESQL, SQLITE, Dialect, Row, dialect_named
 
 if TYPE_CHECKING:
-    import asyncpg
     from sqlalchemy.engine import Dialect as Compiler
 
 Watcher = Callable[[str, Any, bool], None]
 """Is told each statement that goes past SQLAlchemy: its text, its values, whether it has many rows."""
 
-BEGIN_WITH_PLANS = (
-    "BEGIN; SET LOCAL plan_cache_mode = force_generic_plan; SET LOCAL enable_seqscan = off"
-)
+KEEP_PLANS = "SET LOCAL plan_cache_mode = force_generic_plan; SET LOCAL enable_seqscan = off"
 """PostgreSQL: plans are made once for a connection; for statements whose best plan never changes."""
 PLAN_ANEW = "SET LOCAL plan_cache_mode = force_custom_plan; SET LOCAL enable_seqscan TO DEFAULT"
 
@@ -98,18 +95,26 @@ class Compiled(NamedTuple):
     """The parameters in the order of their places."""
     constants: Mapping[str, Any]
     """Values of the parameters that the statement brings along."""
+    arrays: Mapping[str, Any]
+    """Parameter -> what makes an array of its values, for a driver that needs it."""
 
     def values(self, arguments: Mapping[str, Any]) -> list[Any]:
         """The arguments by position."""
         constants = self.constants
         return [arguments[name] if name in arguments else constants[name] for name in self.names]
 
+    def named(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments by name."""
+        return dict(zip(self.names, self.values(arguments), strict=True))
+
 
 class Compilation:
     """The statements of one engine, each compiled at its first use. Statements are made once."""
 
-    def __init__(self, compiler: Compiler) -> None:
+    def __init__(self, compiler: Compiler, array_of: Callable[[Any], Any] = lambda _: None) -> None:
+        """`array_of`: for a type of SQLAlchemy, what the driver needs in place of a list, or None."""
         self._compiler = compiler
+        self._array_of = array_of
         self._compiled: WeakKeyDictionary[Executable, Compiled] = WeakKeyDictionary()
 
     def __call__(self, statement: Any) -> Compiled:
@@ -117,11 +122,13 @@ class Compilation:
         found = self._compiled.get(statement)
         if found is None:
             compiled = statement.compile(dialect=self._compiler)
-            names = tuple(compiled.positiontup or ())
+            names = tuple(compiled.positiontup or compiled.params)
+            wrapped = {name: self._array_of(bound.type) for name, bound in compiled.binds.items()}
+            arrays = {name: array for name, array in wrapped.items() if array is not None}
             constants = {
                 name: value for name, value in compiled.params.items() if value is not None
             }
-            found = self._compiled[statement] = Compiled(compiled.string, names, constants)
+            found = self._compiled[statement] = Compiled(compiled.string, names, constants, arrays)
         return found
 
 
@@ -130,9 +137,7 @@ class AsyncpgExecutor(Executor):
 
     dialect = POSTGRESQL
 
-    def __init__(
-        self, connection: asyncpg.Connection[Any], compiled: Compilation, watcher: Watcher | None
-    ) -> None:
+    def __init__(self, connection: Any, compiled: Compilation, watcher: Watcher | None) -> None:
         self._connection = connection
         self._compiled = compiled
         self._watcher = watcher

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.util import greenlet_spawn
 
 from sagacity.backends.sql.executors import (
-    BEGIN_WITH_PLANS,
+    KEEP_PLANS,
     AsyncpgExecutor,
     Compilation,
     CoreExecutor,
@@ -30,6 +30,8 @@ from sagacity.core.errors import Unavailable
 
 T = TypeVar("T")
 
+ASYNCPG, PSYCOPG, AIOSQLITE = "asyncpg", "psycopg", "aiosqlite"
+"""Drivers that have links of their own, as SQLAlchemy calls them."""
 OPENED_AT = "sagacity_opened_at"
 """In the `info` of a pooled connection: when it was opened, by this machine's steady clock."""
 
@@ -103,7 +105,15 @@ class Direct:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
-        self.compiled = Compilation(engine.sync_engine.dialect)
+        dialect = engine.sync_engine.dialect
+        if engine.driver == PSYCOPG:
+            from sagacity.backends.sql.psycopg_driver import PsycopgExecutor, array_of
+
+            self.compiled = Compilation(dialect, array_of)
+            self.executor: Callable[..., Executor] = PsycopgExecutor
+        else:
+            self.compiled = Compilation(dialect)
+            self.executor = SqliteExecutor if engine.driver == AIOSQLITE else AsyncpgExecutor
         self.watcher: Watcher | None = None
         self.doubtful_until = 0.0
         """Connections opened before this may be as dead as the one that broke then."""
@@ -151,29 +161,39 @@ class _DirectLink(Link):
             await greenlet_spawn(pooled.close)
 
 
-class AsyncpgLink(_DirectLink):
-    """By asyncpg's own connection."""
-
-    def __init__(self, direct: Direct, *, keeps_plans: bool) -> None:
-        """`keeps_plans`: statements are planned once, until `Executor.plan_anew`."""
-        super().__init__(direct)
-        self._begin = BEGIN_WITH_PLANS if keeps_plans else "BEGIN"
+class _PostgresqlLink(_DirectLink):
+    """By a driver that works in the event loop; its functions run in SQLAlchemy's greenlet."""
 
     def _sound(self, pooled: PoolProxiedConnection) -> bool:
         opened: float = pooled.info.setdefault(OPENED_AT, time.monotonic())
-        return opened >= self._direct.doubtful_until and not self._driver.is_closed()
+        return opened >= self._direct.doubtful_until and not self._is_closed()
 
-    async def begin(self) -> None:
-        """See `Link`."""
-        await self._take()
-        await self._driver.execute(self._begin)
+    @abstractmethod
+    def _is_closed(self) -> bool: ...
 
     async def run(self, work: Callable[[Executor], T]) -> T:
         """See `Link`."""
         direct = self._direct
         return await greenlet_spawn(
-            work, AsyncpgExecutor(self._driver, direct.compiled, direct.watcher)
+            work, direct.executor(self._driver, direct.compiled, direct.watcher)
         )
+
+
+class AsyncpgLink(_PostgresqlLink):
+    """By asyncpg's own connection."""
+
+    def __init__(self, direct: Direct, *, keeps_plans: bool) -> None:
+        """`keeps_plans`: statements are planned once, until `Executor.plan_anew`."""
+        super().__init__(direct)
+        self._begin = f"BEGIN; {KEEP_PLANS}" if keeps_plans else "BEGIN"
+
+    def _is_closed(self) -> bool:
+        return bool(self._driver.is_closed())
+
+    async def begin(self) -> None:
+        """See `Link`."""
+        await self._take()
+        await self._driver.execute(self._begin)
 
     async def commit(self) -> None:
         """See `Link`."""
@@ -184,6 +204,33 @@ class AsyncpgLink(_DirectLink):
     async def rollback(self) -> None:
         """See `Link`."""
         await self._driver.execute("ROLLBACK")
+
+
+class PsycopgLink(_PostgresqlLink):
+    """By psycopg's own connection, which begins by itself."""
+
+    def __init__(self, direct: Direct, *, keeps_plans: bool) -> None:
+        """`keeps_plans`: as for `AsyncpgLink`."""
+        super().__init__(direct)
+        self._keeps_plans = keeps_plans
+
+    def _is_closed(self) -> bool:
+        return bool(self._driver.closed)
+
+    async def begin(self) -> None:
+        """See `Link`."""
+        await self._take()
+        if self._keeps_plans:
+            await self._driver.execute(KEEP_PLANS)
+
+    async def commit(self) -> None:
+        """See `Link`."""
+        self._direct.told("COMMIT")
+        await self._driver.commit()
+
+    async def rollback(self) -> None:
+        """See `Link`."""
+        await self._driver.rollback()
 
 
 class AiosqliteLink(_DirectLink):
@@ -205,7 +252,7 @@ class AiosqliteLink(_DirectLink):
         """See `Link`."""
         direct, driver = self._direct, self._driver
         # Its public methods cost a trip to the thread and back for each statement.
-        executor = SqliteExecutor(driver._conn, direct.compiled, direct.watcher)  # noqa: SLF001
+        executor = direct.executor(driver._conn, direct.compiled, direct.watcher)  # noqa: SLF001
         done: T = await driver._execute(work, executor)  # noqa: SLF001
         return done
 

@@ -26,6 +26,7 @@ from sqlalchemy import (
 
 from sagacity.backends.sql import outbox
 from sagacity.backends.sql.dialects import (
+    ONE,
     POSTGRESQL,
     Given,
     Query,
@@ -136,7 +137,8 @@ def _statement(parts: tuple[str, ...]) -> tuple[Query, Mapping[str, Given]]:
         apart.append(pending)
     if LANES in parts:
         rows = outbox.rows_of_lanes(given[LANES], given.get(FORGOTTEN)).subquery("older")
-        answers.append(select(literal_column(str(_OLDER)), *rows.c))
+        kind: ColumnElement[int] = literal_column(str(_OLDER))
+        answers.append(select(kind, *rows.c))
     apart.extend(
         _written(name, given[name]) for name in (HISTORY, FORGOTTEN, WOKEN) if name in given
     )
@@ -150,8 +152,19 @@ _NEVER: ColumnElement[bool] = literal_column("FALSE")
 def _answer(kind: int, number: Any, name: Any) -> Any:
     """A row as wide as one of a pending message."""
     empty = "CAST('' AS BYTEA)"
-    columns = (str(kind), number, name, "0", empty, empty)
-    return select(*(literal_column(one) if isinstance(one, str) else one for one in columns))
+    columns: dict[str, Any] = {
+        "kind": str(kind),
+        "number": number,
+        "name": name,
+        "at": "0",
+        "headers": empty,
+        "body": empty,
+    }
+    made: list[ColumnElement[Any]] = [
+        (literal_column(one) if isinstance(one, str) else one).label(label)
+        for label, one in columns.items()
+    ]
+    return select(*made)
 
 
 def _given(part: str) -> Given:
@@ -186,7 +199,7 @@ def _written(part: str, given: Given) -> CTE:
         case _:
             statement = _waking(given)
     if part in _COUNTED:
-        statement = statement.returning(literal_column("1").label("one"))
+        statement = statement.returning(ONE.label("one"))
     made: CTE = statement.cte(f"write_{part}")
     return made
 
