@@ -77,7 +77,7 @@ PEERS: Mapping[str, System] = MappingProxyType(
         "eventsourcing": System(
             distribution="eventsourcing",
             requirements=("eventsourcing[postgres]==9.5.6", "psycopg==3.3.9", "hiredis==3.5.0"),
-            durable="state, history and inbox with each step; commands may be doubled",
+            durable="state, history and stream position with each step; commands may be doubled",
             concurrencies={"postgresql": (1, 4, 10, 50), "sqlite": (1, 4, 10)},
         ),
         "edda": System(
@@ -91,7 +91,7 @@ PEERS: Mapping[str, System] = MappingProxyType(
                 "hiredis==3.5.0",
             ),
             durable="input, each activity's result and status; commands may be doubled; no inbox",
-            concurrencies={"postgresql": (1, 10, 50, 200), "sqlite": (1, 4)},
+            concurrencies={"postgresql": (1, 10, 50, 200), "sqlite": (1, 4, 10)},
         ),
         "faststream": System(
             distribution="faststream",

@@ -3,12 +3,13 @@
 Follows docs.dbos.dev/python: workflows and steps as coroutines (tutorials/workflow-tutorial), the
 workflow's id as idempotency key, started directly and not through a queue, whose workers poll.
 A step publishes a command and waits for its reply in memory; the reply is the step's recorded
-output. That is faster than `DBOS.send` and `DBOS.recv`, which add two transactions to each reply.
+output. `DBOS.send` and `DBOS.recv` would add a row and two transactions to each reply.
 
 Committed: the workflow's row with its input before the first step, then each step's output, then
 the workflow's result. An event is acknowledged after the commit that contains it, and DBOS
-recovers workflows at start, so nothing is lost; a crash within a step publishes its command again,
-with the same id. No history of states beyond the steps' outputs, and no outbox.
+recovers workflows at start, so nothing is lost (recovered sagas are not announced); a crash within
+a step publishes its command again, with the same id. No history of states beyond the steps'
+outputs, and no outbox.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """edda-framework 0.16.2: one workflow of three activities.
 
 Follows i2y.github.io/edda: `EddaApp` on SQLAlchemy storage with its own LISTEN/NOTIFY and uvloop,
-which the app installs, pool sizes as it advises for production. An activity publishes a command and
+which the app installs, the pool size it advises for production. An activity publishes a command and
 waits for its reply in memory. That is faster than `wait_event`, after which a background task
 resumes workflows one at a time (on SQLite, by polling each second).
 
 Committed: the instance with its input, a lock, then for each activity its result in the history
 and the instance's position in one transaction, then the completed status and the lock's release. An
 event is acknowledged after the commit that contains it; Edda resumes the workflows of a
-process that died, so nothing is lost; a crash within an activity publishes its command again, with
+process that died when their locks expire, so nothing is lost; a crash within an activity publishes its command again, with
 the same id. Edda makes instance ids itself, so an import event delivered twice starts two workflows.
 Its transactional outbox publishes CloudEvents by HTTP only, so it is not used.
 """
@@ -69,7 +69,7 @@ async def serve(given: Settings) -> None:
         service_name="imports",
         db_url=given.with_drivers("asyncpg", "aiosqlite"),
         pool_size=20,
-        max_overflow=40,
+        max_overflow=0,  # overflow connections are opened anew each time
         pool_pre_ping=False,
     )
     await app.initialize()

@@ -7,11 +7,10 @@ are processed by threads, `--concurrency` of them; aggregates are cached, since 
 only one that writes them; positions are tracked one row each, since threads end in any order.
 
 Committed in one transaction for each message: the aggregate's new event (state and history at
-once) and the position in the stream, which is the inbox. Commands are published after the commit
-and messages acknowledged after that: a crash between makes Redis
-deliver the message again, which is found to be recorded and has its command published again, with
-the same id. No outbox; the table is locked by each insert, as the library does, so commits
-are one at a time.
+once) and the position in the stream. Commands are published after the commit and messages are
+acknowledged after that: a crash between makes Redis deliver the message again, which is found to be
+recorded and has its command published again, with the same id. No outbox; each insert locks the
+table, as the library does, so commits are one at a time.
 """
 
 from __future__ import annotations
@@ -68,9 +67,10 @@ class Imports(EventSourcedProjection[uuid.UUID]):
             saga = ImportUser(key=message.key, document=message.document)
         else:
             saga = self.repository.get(ImportUser.create_id(message.key))
-            if message.name == "UserAuthenticated":
+            # The position tells deliveries apart; a message sent twice is told by the state.
+            if (message.name, saga.state) == ("UserAuthenticated", "authenticating"):
                 saga.authenticated(message.document)
-            else:
+            elif (message.name, saga.state) == ("AccountGenerated", "generating"):
                 saga.generated(message.document)
         processing_event.collect_events(saga)
 

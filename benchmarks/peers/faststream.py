@@ -157,7 +157,7 @@ async def serve(given: Settings) -> None:
     imports = Imports(engine, Redis.from_url(given.redis))
     await imports.prepare()
     broker = RedisBroker(given.redis, logger=logging.getLogger("imports"), apply_types=False)
-    stream = StreamSub(STREAM, group=GROUP, consumer="peer", last_id="0", max_records=100)
+    stream = StreamSub(STREAM, group=GROUP, consumer="peer", max_records=100)
     broker.subscriber(
         stream=stream,
         decoder=entry_fields,
