@@ -21,7 +21,7 @@ from sagacity.core.plan import DeadLetterRow, InboxRow, Outcome, ParkedRow, Plan
 from sagacity.core.routing import Catalog
 from sagacity.ports import Bus, Lookup, Observer, OutboxStore, PendingRow, Store
 from sagacity.service import Service
-from sagacity.worker.sorting import Batch, Input, Sorted, sorted_input
+from sagacity.worker.sorting import Batch, Input, Sorted, behind, sorted_input
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +74,8 @@ class Cycle:
         """Pending rows that left; forgotten in the next batch's transaction."""
         self._gone: set[int] = set()
         """Pending rows that left and may still be there; a batch that finds one lets it be."""
+        self._losses = 0
+        """How often the bus has lost what had left."""
 
     def sort(self, one: Input) -> Sorted:
         """What is to be done with an input; pure, and good for every try."""
@@ -150,17 +152,19 @@ class Cycle:
     ) -> Settled:
         middle = len(inputs) // 2
         first = await self._settle(inputs[:middle], wait=wait, refused={}, taken=taken, conflicts=0)
-        # The second half may need what the first one's rows say.
-        second = await self._settle(
-            inputs[middle:], wait=wait, refused={}, taken=taken, conflicts=0
-        )
+        # The second half may need what the first one's rows say, and does not pass what was held.
+        held, rest = behind(first.busy, inputs[middle:])
+        second = await self._settle(rest, wait=wait, refused={}, taken=taken, conflicts=0)
+        later = set(map(id, (*held, *second.busy)))
+        # Of a lane that both wrote to, the second one found the rows of the first one too.
+        pending = {row.seq: row for row in (*first.pending, *second.pending)}
         outcomes = dict(first.outcomes)
         for outcome, count in second.outcomes.items():
             outcomes[outcome] = outcomes.get(outcome, 0) + count
         return Settled(
             done=first.done + second.done,
-            busy=first.busy + second.busy,
-            pending=first.pending + second.pending,
+            busy=first.busy + [one for one in inputs if id(one) in later],
+            pending=[pending[seq] for seq in sorted(pending)],
             work=first.work or second.work,
             due=first.due or second.due,
             outcomes=outcomes,
@@ -177,6 +181,7 @@ class Cycle:
         batch = Batch(self.service, inputs, refused)
         # Noted now: a batch that ends meanwhile may forget rows that this one still finds pending.
         gone = frozenset(self._gone)
+        losses = self._losses
         # Whoever takes them forgets them; two batches at the same time do not both.
         published, self.published = self.published, []
         if batch.nothing_to_write and not published:
@@ -216,13 +221,17 @@ class Cycle:
                     if outcome is Outcome.BUSY
                 }
                 pending: list[PendingRow] = []
+                if losses != self._losses:
+                    published = []  # the relay sends them again
                 if published or not plan.empty:
                     pending = await transaction.write(plan, published)
         except BaseException:
-            self.published = published + self.published
+            if losses == self._losses:
+                self.published = published + self.published
             raise
-        pending = [row for row in pending if row.seq not in gone]
-        self._gone.difference_update(published)
+        if losses == self._losses:
+            pending = [row for row in pending if row.seq not in gone]
+            self._gone.difference_update(published)
         missed = sum(row.reason == "missing" for row in plan.parked)
         self.missed += missed
         self.waiting = self.waiting or missed > 0
@@ -285,15 +294,20 @@ class Cycle:
         seqs, self.published = self.published, []
         if not seqs:
             return
+        losses = self._losses
         try:
             await self.store.published(seqs)
         except BaseException:
-            self.published = seqs + self.published
+            if losses == self._losses:
+                self.published = seqs + self.published
             raise
-        self._gone.difference_update(seqs)
+        if losses == self._losses:
+            self._gone.difference_update(seqs)
 
-    def republished(self) -> None:
-        """Rows that were published long ago are pending again: the bus had lost them."""
+    def lost(self) -> None:
+        """The bus may have lost what left: what is not forgotten yet stays pending, for the relay."""
+        self._losses += 1
+        self.published = []
         self._gone.clear()
 
     def _notice(self, name: str, **attributes: object) -> None:

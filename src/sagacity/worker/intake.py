@@ -13,10 +13,15 @@ from collections.abc import Hashable, Iterable
 import msgspec
 
 from sagacity.core.delivery import Delivery
-from sagacity.worker.sorting import Sorted
+from sagacity.worker.sorting import Input, Sorted
 
 ALONE_FROM = 3
 """An entry handed out this often is run alone: it may be what ends the process."""
+
+
+def may_kill(one: Input) -> bool:
+    """True for an entry that must not even be decoded before it is noted that it is tried."""
+    return isinstance(one, Delivery) and one.attempt >= ALONE_FROM
 
 
 class Taken(msgspec.Struct, eq=False):
@@ -40,6 +45,9 @@ class Intake:
         self._running: set[Hashable] = set()
         self._batches = self._taken = 0
         self._exclusive = False
+        self._alone = False
+        self._gave_way = True
+        """False where the last batch was alone: what is alone and was held then lets others go."""
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -53,6 +61,11 @@ class Intake:
     def held(self) -> int:
         """Inputs that wait or are in a batch under way."""
         return len(self._waiting) + self._taken
+
+    @property
+    def alone(self) -> bool:
+        """True while an entry that may be what ends the process is tried: nothing else may be."""
+        return self._alone
 
     def add(self, inputs: Iterable[Sorted]) -> None:
         """Adds what came; an entry that was handed out once more while it is here is left out."""
@@ -73,9 +86,14 @@ class Intake:
         left: list[tuple[Sorted, frozenset[Hashable] | None]] = []
         while self._waiting and len(batch.inputs) < limit:
             one, touches = self._waiting.popleft()
-            alone = isinstance(one.input, Delivery) and one.input.attempt >= ALONE_FROM
+            alone = may_kill(one.input)
+            if alone and one.tries and not self._gave_way:
+                # Another worker holds it. That may take long, and nothing runs beside it.
+                held |= touches or frozenset()
+                left.append((one, touches))
+                continue
             if alone or touches is None:
-                if self._batches or (alone and (batch.inputs or left)):
+                if self._batches or left or (alone and batch.inputs):
                     # It goes when nothing else runs, and what came after it not before.
                     self._waiting.appendleft((one, touches))
                     break
@@ -91,7 +109,12 @@ class Intake:
                 break
         self._waiting.extendleft(reversed(left))
         if not batch.inputs:
-            return None
+            if self._gave_way or self._batches:
+                return None
+            self._gave_way = True  # nobody wants to go before it
+            return self.take(limit)
+        self._gave_way = not batch.alone
+        self._alone = batch.alone
         self._batches += 1
         self._taken += len(batch.inputs)
         self._running |= batch.touches
@@ -104,7 +127,7 @@ class Intake:
         self._taken -= len(batch.inputs)
         self._running -= batch.touches
         if batch.exclusive:
-            self._exclusive = False
+            self._exclusive = self._alone = False
         for one in batch.inputs:
             if isinstance(one.input, Delivery):
                 self._entries.discard((one.input.topic, one.input.entry_id))
@@ -112,3 +135,12 @@ class Intake:
             if isinstance(one.input, Delivery):
                 self._entries.add((one.input.topic, one.input.entry_id))
             self._waiting.appendleft((one, one.touches))
+
+    def give_up(self) -> int:
+        """Forgets what waits, which another worker finds; returns how many inputs that were."""
+        dropped = len(self._waiting)
+        for one, _ in self._waiting:
+            if isinstance(one.input, Delivery):
+                self._entries.discard((one.input.topic, one.input.entry_id))
+        self._waiting.clear()
+        return dropped

@@ -43,6 +43,8 @@ class Recovery:
             the longest transaction.
         mark_every_us: Time between two marks.
         retention_us: Marks older than the outbox are of no use.
+        suspected: Called where the bus is another one or lost something, before rows become pending
+            again: nothing that left before may be forgotten any more.
         republished: Called with the number of rows that are pending again; wakes the relay.
         observer: Told ``bus.lost`` with topics and rows.
         new_epoch: Makes a value for an empty bus.
@@ -58,6 +60,7 @@ class Recovery:
         margin_us: int = 80_000_000,
         mark_every_us: int = 10_000_000,
         retention_us: int = 14 * 24 * HOUR_US,
+        suspected: Callable[[], None] | None = None,
         republished: Callable[[int], None] | None = None,
         observer: Observer | None = None,
         new_epoch: Callable[[], str] = lambda: uuid4().hex,
@@ -68,7 +71,10 @@ class Recovery:
             mark_every_us,
             retention_us,
         )
-        self.republished, self.observer, self.new_epoch = republished, observer, new_epoch
+        self.suspected, self.republished = suspected, republished
+        self.observer, self.new_epoch = observer, new_epoch
+        self._met: tuple[str, str] | None = None
+        """Epoch and identity of the bus in the last round."""
         self._marked_at = 0
         self._rounds = 0
         self._stop = anyio.Event()
@@ -107,7 +113,12 @@ class Recovery:
             await self._remember([], witness, epoch, identity)
             return 0
         lost = await self._lost(witness, epoch, identity)
-        if lost or (epoch, identity) != (witness.epoch, witness.identity):
+        moved = (epoch, identity) != (witness.epoch, witness.identity)
+        # Another worker may have remembered the new bus before this one looked.
+        met, self._met = self._met, (epoch, identity)
+        if self.suspected is not None and (lost or moved or (met and met != self._met)):
+            self.suspected()
+        if lost or moved:
             return await self._remember(lost, witness, epoch, identity)
         await self._mark(witness, epoch, identity)
         return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -94,6 +94,31 @@ def sorted_input(service: Service, catalog: Catalog, one: Input) -> Sorted:
         )
         return Sorted(one, routed=routed, fault=("unknown-type", text))
     return Sorted(one, routed=routed)
+
+
+def behind(held: Iterable[Sorted], inputs: Iterable[Sorted]) -> tuple[list[Sorted], list[Sorted]]:
+    """Of `inputs`, what must wait for what another worker holds, and the rest.
+
+    What is looked up in the database may concern any instance.
+    """
+    places: set[Hashable] = set()
+    unknown = False
+    for one in held:
+        unknown = unknown or one.touches is None
+        places.update(one.touches or ())
+    if not places and not unknown:
+        return [], list(inputs)
+    waiting: list[Sorted] = []
+    rest: list[Sorted] = []
+    for one in inputs:
+        touches = one.touches
+        if unknown or touches is None or not touches.isdisjoint(places):
+            places.update(touches or ())
+            unknown = unknown or touches is None
+            waiting.append(one)
+        else:
+            rest.append(one)
+    return waiting, rest
 
 
 def _routed_row(catalog: Catalog, row: ParkedRow) -> Sequence[Routed]:

@@ -33,14 +33,14 @@ from sagacity.ports import Due, Observer, PendingRow, Subscription
 from sagacity.service import Service
 from sagacity.worker.config import Settings
 from sagacity.worker.cycle import Cycle, Settled
-from sagacity.worker.intake import Intake, Taken
+from sagacity.worker.intake import Intake, Taken, may_kill
 from sagacity.worker.janitor import Janitor
 from sagacity.worker.opening import WholeBus, WholeStore, until_reachable
 from sagacity.worker.participants import Participants
 from sagacity.worker.recovery import Recovery
 from sagacity.worker.redaction import redacted
 from sagacity.worker.relay import Relay
-from sagacity.worker.sorting import Input, Sorted, due_inputs
+from sagacity.worker.sorting import Input, Sorted, behind, due_inputs
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,9 @@ BUSY_ROUNDS_MAX = 5
 """Rounds of a few milliseconds before one of the held instances is waited for."""
 FORGET_AFTER_S = 0.05
 """Published rows are forgotten with the next commit, or after this long without one."""
+FORGET_ROUNDS_MAX = 5
+"""So often this time passes where a batch is under way: it may take long, and a relay must not send
+again what has left."""
 
 
 class Worker:
@@ -105,6 +108,7 @@ class Worker:
             lambda: self.cycle.published_to,
             margin_us=2 * max(settings.batch_deadline_ms * 1000, 30_000_000),
             retention_us=settings.retention.outbox_us,
+            suspected=self.cycle.lost,
             republished=self._republished,
             observer=observer,
         )
@@ -127,6 +131,14 @@ class Worker:
         self._changed = anyio.Event()
         """A batch ended, or something is due."""
         self._reading = False
+        self._read_again_at = 0.0
+        """No sooner is a bus asked that could not be reached."""
+        self._began: dict[object, float] = {}
+        """When each batch under way began, or last heard from its store."""
+        self._away: set[object] = set()
+        """Batches that wait for their store."""
+        self._store_left = False
+        """True once a stop has given up waiting for the store."""
         self._due_open: set[int] = set()
         """Due inputs, by identity, that were in no batch yet."""
         self._due_settled = anyio.Event()
@@ -169,12 +181,15 @@ class Worker:
         return self._joined and not self._stopping.is_set()
 
     def report(self) -> dict[str, object]:
-        """Live figures: outcomes so far, tasks running, seconds since the loop last moved."""
+        """Live figures: outcomes so far, tasks running, and seconds since the loop last moved, or
+        since the oldest of the batches under way did.
+        """
+        moved_at = min([self._progress_at, *self._began.values()])
         return {
             "service": self.service.name,
             "consumer": self.consumer,
             "running": len(self.participants.running),
-            "idle_s": round(time.monotonic() - self._progress_at, 3),
+            "idle_s": round(time.monotonic() - moved_at, 3),
             **self._counts,
         }
 
@@ -204,6 +219,7 @@ class Worker:
                         self._read_ended = True
                         self._done_wake.set()
                         self.relay.stop()
+                    await self._forget_the_last()
                 finally:
                     self._joined = False
 
@@ -248,9 +264,11 @@ class Worker:
                 self._changed = anyio.Event()
                 self._start_batches(batches)
                 room = self._room()
-                if room > 0 and not self._stopping.is_set():
+                pause_s = self._read_again_at - time.monotonic()
+                if room > 0 and pause_s <= 0 and not self._stopping.is_set():
                     self._take_in(await self._read(subscription, room))
-                else:
+                    continue
+                with anyio.move_on_after(pause_s if room > 0 and pause_s > 0 else None):
                     await self._changed.wait()
 
     def _start_batches(self, batches: TaskGroup) -> None:
@@ -263,12 +281,17 @@ class Worker:
 
     def _room(self) -> int:
         """How many more entries may be held beside the batches that run."""
+        if self._intake.alone or self._away:
+            # What is read is decoded, which may be what ends the process. And what waits here for a
+            # store that is away is handed out again and again, until it looks like a killer.
+            return 0
         held, most = self._intake.held, self.settings.batch_max
         by_bytes = int(self.settings.in_flight_bytes_max / self._bytes_per_message) - held
         return max(min(most - len(self._intake), by_bytes), 0 if held else 1)
 
     def _take_in(self, inputs: Iterable[Input]) -> list[Sorted]:
-        found = [self.cycle.sort(one) for one in inputs]
+        # To sort an input is to decode it: `_suspected` notes the try before that.
+        found = [Sorted(one) if may_kill(one) else self.cycle.sort(one) for one in inputs]
         self._intake.add(found)
         return found
 
@@ -285,13 +308,19 @@ class Worker:
         if patient and not batch.alone:
             # One message waits, so that at least one gets on; all others need not wait with it.
             busy = await self._settle(patient, wait=True)
-            inputs = [one for one in inputs if one is not patient[0]]
+            rest = [one for one in inputs if one is not patient[0]]
+            held, inputs = behind(busy, rest)
+            busy += held
+            for one in busy:
+                one.tries = 0  # it has had its wait; all others need not wait each time
         if inputs:
             busy += await self._settle(inputs, alone=batch.alone)
         for one in busy:
             one.tries += 1
         if busy:
             await anyio.sleep(random.uniform(0.003, 0.010))
+        if self._stopping.is_set():
+            busy = []  # left to another worker: who knows how long they are held
         self._intake.done(batch, busy)
         self._due_open.difference_update(map(id, batch.inputs))
         if not self._due_open:
@@ -307,12 +336,13 @@ class Worker:
             if settings.batch_wait_ms and 0 < len(fresh) < room:
                 await self._pause(settings.batch_wait_ms / 1000)
                 fresh += await subscription.read(room - len(fresh), 0)
-            if time.monotonic() >= self._reclaim_at:
+            if time.monotonic() >= self._reclaim_at and not self._away:
                 fresh += await subscription.reclaim(settings.reclaim_idle_ms, room)
                 pause_s = settings.reclaim_interval_ms / 1000
                 self._reclaim_at = time.monotonic() + pause_s * random.uniform(0.5, 1.0)
         except BusUnavailable as error:
-            await self._wait_out("Bus cannot be reached", error)
+            log.warning("Bus cannot be reached", extra={"error": str(error)})
+            self._read_again_at = time.monotonic() + random.uniform(0.5, 1.0)
             return []
         finally:
             self._reading = False
@@ -330,6 +360,17 @@ class Worker:
         The same batch is run again until its outcome is known: a commit whose answer was lost is
         recognised by its own inbox rows. With `alone` its one entry may be what ends the process.
         """
+        batch = object()
+        self._began[batch] = time.monotonic()
+        try:
+            return await self._settled(batch, inputs, wait=wait, alone=alone)
+        finally:
+            del self._began[batch]
+            self._away.discard(batch)
+
+    async def _settled(
+        self, batch: object, inputs: list[Sorted], *, wait: bool, alone: bool
+    ) -> list[Sorted]:
         pause = 0.05
         while True:
             try:
@@ -337,11 +378,21 @@ class Worker:
                     inputs, alone = [await self._suspected(one) for one in inputs], False
                 return await self._settle_shielded(inputs, wait=wait)
             except StoreError as error:
-                self._progress_at = time.monotonic()  # it lives, its store does not
+                # It lives, its store does not.
+                self._progress_at = self._began[batch] = time.monotonic()
+                away = isinstance(error, Unavailable)
                 if self._stopping.is_set():
-                    log.warning("Batch is left to another worker", extra={"inputs": len(inputs)})
+                    self._store_left = self._store_left or away
+                    # What waits would find its store away too, one batch after the other.
+                    left = len(inputs) + (self._intake.give_up() if away else 0)
+                    log.warning("Batch is left to another worker", extra={"inputs": left})
                     return []
-                level = logging.WARNING if isinstance(error, Unavailable) else logging.ERROR
+                if away:
+                    self._away.add(batch)
+                elif batch in self._away:
+                    self._away.discard(batch)
+                    self._wake_loop()
+                level = logging.WARNING if away else logging.ERROR
                 log.log(
                     level,
                     "Batch cannot be committed, it is run again",
@@ -354,16 +405,17 @@ class Worker:
         """Notes that an entry is tried alone; a fault where that has ended processes before."""
         delivery = one.input
         if not isinstance(delivery, Delivery) or delivery.envelope is None:
-            return one
+            return self.cycle.sort(delivery)
         entry = (delivery.topic, delivery.entry_id)
         if entry in self._tried:
-            return one  # by this process, which lives
+            # By this process, which lives.
+            return one if one.tries else self.cycle.sort(delivery)
         tries = await self.cycle.note_try(delivery, TRIES_ALONE_MAX)
         if len(self._tried) >= TRIED_KEPT:
             self._tried.clear()
         self._tried.add(entry)
         if tries < TRIES_ALONE_MAX:
-            return one
+            return self.cycle.sort(delivery)
         text = (
             f"handed out {delivery.attempt} times, {tries} times run alone, and never acknowledged: it "
             "ends the process that works on it; it was not decoded"
@@ -450,24 +502,40 @@ class Worker:
 
     async def _forget_published(self) -> None:
         """Forgets published rows when no batch comes to do it on the way."""
-        while not self._stopping.is_set() or self.cycle.published:
+        oldest: list[int] = []
+        rounds = 0
+        while not self._stopping.is_set() or (self._intake.running and not self._store_left):
             await self._pause(FORGET_AFTER_S)
-            if self._intake.held and not self._stopping.is_set():
+            first = self.cycle.published[:1]
+            rounds = rounds + 1 if first == oldest else 0
+            oldest = first
+            if self._intake.held and rounds < FORGET_ROUNDS_MAX:
                 continue  # the next batch does it on its way
             try:
                 await self.cycle.forget_published()
             except StoreError as error:
-                if self._stopping.is_set():
-                    log.warning("Published rows are left to the relay", extra={"error": str(error)})
-                    return
+                self._store_left = self._stopping.is_set()
+                log.debug("Published rows are forgotten later", extra={"error": str(error)})
+
+    async def _forget_the_last(self) -> None:
+        """Forgets what was published until the end of a stop."""
+        try:
+            if not self._store_left:
+                await self.cycle.forget_published()
+        except StoreError as error:
+            self._store_left = True
+            log.debug("Published rows are not forgotten", extra={"error": str(error)})
+        if self.cycle.published:
+            log.warning(
+                "Published rows are left to the relay", extra={"rows": len(self.cycle.published)}
+            )
 
     async def _publish_of_participants(self, pending: Sequence[PendingRow]) -> None:
         await self.cycle.publish(pending)
 
     def _republished(self, rows: int) -> None:
-        if rows:
-            self.cycle.republished()
-            self.relay.notify()
+        del rows  # some were not forgotten yet, and are pending as they were
+        self.relay.notify()
 
     async def _pause(self, seconds: float) -> None:
         """Waits, unless the worker is to stop."""
