@@ -66,7 +66,7 @@ def test_a_failed_run_ends_with_status_one(
         return [], session._run
 
     monkeypatch.setattr(run.Session, "__call__", fails)
-    monkeypatch.setattr(run.signal, "signal", lambda *_: None)  # the handler would stay
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # the handler would stay
     monkeypatch.setattr("sys.argv", ["run", "--quick", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="1"):
         run.main()
