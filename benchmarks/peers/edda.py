@@ -7,10 +7,10 @@ resumes workflows one at a time (on SQLite, by polling each second).
 
 Committed: the instance with its input, a lock, then for each activity its result in the history
 and the instance's position in one transaction, then the completed status and the lock's release. An
-event is acknowledged after the commit that contains it; Edda resumes the workflows of a
-process that died when their locks expire, so nothing is lost; a crash within an activity publishes its command again, with
-the same id. Edda makes instance ids itself, so an import event delivered twice starts two workflows.
-Its transactional outbox publishes CloudEvents by HTTP only, so it is not used.
+event is acknowledged after the commit that contains it; Edda resumes the workflows of a process
+that died when their locks expire, so nothing is lost; a crash within an activity publishes its
+command again, with the same id. Edda makes instance ids itself, so an import event delivered twice
+starts two workflows. Its transactional outbox publishes CloudEvents by HTTP only, so it is not used.
 """
 
 from __future__ import annotations
