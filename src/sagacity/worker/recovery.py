@@ -75,6 +75,8 @@ class Recovery:
         self.observer, self.new_epoch = observer, new_epoch
         self._met: tuple[str, str] | None = None
         """Epoch and identity of the bus in the last round."""
+        self._gone: list[Mark] = []
+        """Marks whose entries the bus lost, as found in this round."""
         self._marked_at = 0
         self._rounds = 0
         self._stop = anyio.Event()
@@ -129,6 +131,7 @@ class Recovery:
         """What may be missing on the bus; empty where it is as it was."""
         moved = (epoch, identity) != (witness.epoch, witness.identity)
         lost: list[Lost] = []
+        self._gone = []
         for topic, newest in sorted(witness.marks.items()):
             # A server that was restarted or has taken over may lack what came after the mark.
             if moved or not await self.bus.holds(topic, newest.entry_id):
@@ -141,6 +144,7 @@ class Recovery:
         for mark in await self.store.marks(topic):
             if await self.bus.holds(topic, mark.entry_id):
                 return Lost(topic=topic, after=mark.max_seq, since=mark.at - self.margin_us)
+            self._gone.append(mark)
         return Lost(topic=topic, after=0, since=0)
 
     @staticmethod
@@ -161,6 +165,10 @@ class Recovery:
             rows = await self.store.republish(lost, seen=witness, epoch=epoch, identity=identity)
         except Conflict:
             return 0  # another worker saw it first, and has done this
+        if self._gone:
+            # The store forgets those that count more rows than the survivor. One that counts as many
+            # would be missed in every round from now on.
+            await self.store.record([], self._gone)
         if lost:
             topics = ", ".join(one.topic for one in lost if one.topic) or "all"
             log.warning(
