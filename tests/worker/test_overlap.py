@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ import redis.asyncio
 from sagacity import Event, Saga, Service, State, on
 from sagacity.backends.memory import MemoryBus, MemoryStore, MemoryTransaction
 from sagacity.backends.memory.bus import MemorySubscription
+from sagacity.backends.redis import RedisBus
 from sagacity.codec import from_fields
 from sagacity.core.delivery import Delivery, Envelope, derived_id
 from sagacity.core.errors import BusUnavailable, DataRefused, Unavailable
@@ -23,6 +25,8 @@ from sagacity.ports import PendingRow
 from sagacity.worker.config import Settings
 from sagacity.worker.cycle import Cycle
 from sagacity.worker.intake import ALONE_FROM, Intake
+from sagacity.worker.recovery import Recovery
+from sagacity.worker.relay import Relay
 from sagacity.worker.sorting import Sorted, behind, sorted_input
 from sagacity.worker.worker import Worker
 from tests.waiting import async_eventually
@@ -366,6 +370,56 @@ async def test_what_waits_goes_on_while_the_bus_cannot_be_read() -> None:
         Unread.away = False
 
 
+async def test_the_end_of_a_batch_wakes_a_read_that_waits_long(redis_url: str) -> None:
+    """What waits for an instance goes at once, not when the next entry comes."""
+    store, bus = Store(), RedisBus(redis_url)
+    changed: dict[str, Any] = {**QUICK, "read_block_ms": 5000}
+    settings = Settings(store="memory:", bus=redis_url, **changed)
+    worker = Worker(service, store, bus, settings, consumer="w")
+    async with running(worker):
+        await until(lambda: worker.ready, "it joins")
+        for turn in range(8):
+            store.close_gate()
+            await bus.publish([envelope(Opened("a"), f"first{turn}")])
+            await until(lambda: store.waiting == 1, "a batch is under way")
+            decoded.clear()
+            await bus.publish([envelope(Opened("a"), f"second{turn}")])
+            await until(lambda: "a" in decoded, "its follower waits")
+            began = time.monotonic()
+            store.open.set()
+            await until(lambda n=turn: ("Case", f"second{n}") in store.tables.inbox, "it goes")
+            assert time.monotonic() - began < 4, "nobody woke the read"
+    await bus.close()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"batch_max": 1}, {"batches_max": 1}, {"in_flight_bytes_max": 262_144}],
+    ids=["batches of one", "one batch", "few bytes"],
+)
+async def test_narrow_limits_bound_what_is_held_and_stop_nothing(settings: dict[str, int]) -> None:
+    store, bus = Store(), MemoryBus()
+    worker = worker_on(store, bus, **settings)
+    bodies = [envelope(Opened(f"o{n % 7}" + "." * 200_000), f"m{n}") for n in range(30)]
+    most = 0
+    async with running(worker):
+        await bus.publish(bodies[:1])
+        await until(lambda: store.tables.inbox, "it knows how large they are")
+        store.close_gate()
+        await bus.publish(bodies[1:])
+        await until(lambda: store.waiting, "a batch is under way")
+        for _ in range(100):
+            await anyio.lowlevel.checkpoint()
+        most = len(bus_pending(bus))
+        store.open.set()
+        await until(lambda: len(store.tables.inbox) == len(bodies), "all are handled")
+    batches = settings.get("batches_max", 2)
+    limit = settings.get("batch_max", 300)
+    bound = 1 if "in_flight_bytes_max" in settings else (batches + 1) * limit
+    assert 0 < most <= bound
+    assert await acknowledged(bus)
+
+
 # --- what has left -----------------------------------------------------------------------------------
 
 
@@ -417,6 +471,61 @@ async def test_a_batch_under_way_does_not_forget_what_the_bus_lost_meanwhile() -
         store.open.set()
     assert [row.seq for row in await store.pending(store.clock.now(), 10)] == [1, 2]
     assert cycle.published == []
+
+
+async def test_a_loss_is_known_before_rows_are_pending_again_and_to_every_worker() -> None:
+    """Two processes, each with something that left and is not forgotten; the first one repairs."""
+    store, bus = MemoryStore(), MemoryBus()
+    cycles = [Cycle(service, catalog, store, bus) for _ in range(2)]
+    recoveries = [
+        Recovery(store, bus, store.clock, lambda: ["told"], suspected=cycle.lost)
+        for cycle in cycles
+    ]
+    for number, (cycle, recovery) in enumerate(zip(cycles, recoveries, strict=True)):
+        await recovery.check()
+        settled = await cycle.settle([delivered(f"o{number}", number)])
+        assert await cycle.publish(settled.pending)
+    bus.wipe()
+    for cycle, recovery in zip(cycles, recoveries, strict=True):
+        await recovery.check()
+        await cycle.forget_published()
+    assert await Relay(store, bus, store.clock).sweep(age_us=0) == 2
+    assert len(bus.messages("told")) == 2
+    for cycle, recovery in zip(cycles, recoveries, strict=True):
+        settled = await cycle.settle([delivered("new", 9)])
+        assert await cycle.publish(settled.pending)
+        await recovery.check()
+        assert len(cycle.published) == len(settled.pending), "nothing was lost since"
+
+
+async def test_a_loss_is_repaired_once_though_a_row_was_pending_all_the_time() -> None:
+    """Then no two marks count different numbers of rows, and the lost one must go all the same."""
+    store, bus = MemoryStore(), MemoryBus()
+    cycle = Cycle(service, catalog, store, bus)
+    recovery = Recovery(store, bus, store.clock, lambda: ["told"], mark_every_us=1)
+    stuck = await cycle.settle([delivered("stuck", 0)])
+    assert len(stuck.pending) == 1
+    await recovery.check()
+    snapshot = b""
+    for number in (1, 2):
+        settled = await cycle.settle([delivered("a", number)])
+        assert await cycle.publish(settled.pending)
+        await cycle.forget_published()
+        await recovery.check()
+        snapshot = snapshot or bus.snapshot()
+    assert len({(one.entry_id, one.max_seq) for one in await store.marks("told")}) == 2
+    bus.fail_over(snapshot)
+    assert await recovery.check() > 0
+    await Relay(store, bus, store.clock).sweep(age_us=0)
+    assert [await recovery.check() for _ in range(3)] == [0, 0, 0]
+    for lost in (snapshot, b""):
+        if lost:
+            bus.fail_over(lost)
+        else:
+            bus.wipe()
+        assert await recovery.check() > 0
+        await Relay(store, bus, store.clock).sweep(age_us=0)
+        assert [await recovery.check() for _ in range(3)] == [0, 0, 0]
 
 
 async def test_what_a_failed_batch_was_to_forget_is_forgotten_by_the_next() -> None:
