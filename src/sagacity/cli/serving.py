@@ -75,9 +75,11 @@ async def serve(
                 _refuse(unsafe)
             if not stopping.asked:
                 stopping.attach(worker)
-                # What the program is made of stays: no collection looks at it again.
+                # What the program is made of stays: no collection looks at it again. And a batch holds
+                # thousands of records, none of which is in a cycle: look when there is more to find.
                 gc.collect()
                 gc.freeze()
+                gc.set_threshold(50_000, 20, 20)
                 await worker.run()
     except SchemaError as error:
         log.error("Schema does not fit", extra={"error": str(error)})  # noqa: TRY400 - told whole
