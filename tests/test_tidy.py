@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import os
 import re
 import tomllib
 from collections.abc import Iterator
@@ -25,14 +26,21 @@ TEXT_SUFFIXES = {"", ".cfg", ".css", ".html", ".js", ".md", ".py", ".sh", ".sql"
 
 def python_files(*roots: str) -> Iterator[Path]:
     for root in roots:
-        yield from sorted((CHECKOUT / root).rglob("*.py"))
+        yield from sorted(_inside(CHECKOUT / root, ".py"))
+
+
+def _inside(folder: Path, suffix: str = "") -> Iterator[Path]:
+    """The files below a folder; environments and caches have names with a dot."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(place) / name for name in names if name.endswith(suffix))
 
 
 def text_files() -> Iterator[Path]:
     folders = [name for name in (*CODE, "docs", ".ci") if (CHECKOUT / name).exists()]
     for path in [
         *CHECKOUT.iterdir(),
-        *(each for f in folders for each in (CHECKOUT / f).rglob("*")),
+        *(each for f in folders for each in _inside(CHECKOUT / f)),
     ]:
         if path.is_file() and path.suffix in TEXT_SUFFIXES and not path.name.startswith("."):
             yield path

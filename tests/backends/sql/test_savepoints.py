@@ -138,7 +138,7 @@ class SavepointMachine(RuleBasedStateMachine):
             if before.attached:
                 self.model[ref] = before
             elif entity.attached:
-                self.loosen(entity, before.written)
+                self.loosen(ref, entity, before.written)
 
     @rule()
     def commit(self) -> None:
@@ -153,14 +153,15 @@ class SavepointMachine(RuleBasedStateMachine):
     def roll_back(self) -> None:
         self.session.rollback()
         self.stack = []
-        for entity in self.model.values():
+        for ref, entity in self.model.items():
             if entity.known:
                 entity.written, entity.pending = [], []
             elif entity.attached:
-                self.loosen(entity, [])
+                self.loosen(ref, entity, [])
 
-    @staticmethod
-    def loosen(entity: Entity, kept: list[int]) -> None:
+    def loosen(self, ref: str, entity: Entity, kept: list[int]) -> None:
+        # The database has forgotten its id, and may give it to another one: so must its maker.
+        self.new[ref].id = None  # type: ignore[assignment]
         entity.pending = sorted({*entity.written, *entity.pending} - {*kept})
         entity.written = kept
         entity.attached = False
