@@ -4,7 +4,7 @@
 #   make test     run all tests
 #   make check    style, types, layers, docs, tests: what a change must pass
 #   make verify   generated files in docs/ are up to date
-#   make bench    measure Sagacity, the bare parts and its peers on this machine: some 25 minutes
+#   make bench    measure Sagacity, the bare parts and its peers on this machine: some 20 minutes
 #   make bench-quick   the same in one minute, without the peers
 #   make guard    instructions per message against those kept in benchmarks/guard.json (needs valgrind)
 #   make clean    remove the environment and everything built

@@ -41,13 +41,13 @@ class Extent:
 FULL_FORM = Extent(
     form="full",
     repeats=5,
-    seconds=1.0,
-    concurrencies=(10, 100, 1000, 2000),
+    seconds=0.7,
+    concurrencies=(10, 100, 1000),
     workers=(1, 2),
     variants=("compensate", "hot", "duplicates", "payload-2k", "payload-20k"),
     compared=1000,
     half_load=True,
-    batches=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+    batches=(1, 4, 16, 64, 256, 512),
     curve_repeats=3,
     peers=True,
 )

@@ -7,7 +7,7 @@
   against those on an empty store, in turns;
 - memory: the resident memory of one worker, over a million messages.
 
-Writes `benchmarks/results/endurance.json`.
+Writes `benchmarks/results/endurance.json`, and what it says into `docs/explanation/performance.md`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ from benchmarks.servers import Place, Servers
 from benchmarks.systems import Running, sagacity, started
 
 RESULTS = Path(__file__).with_name("results") / "endurance.json"
+PAGE = Path(__file__).parents[1] / "docs" / "explanation" / "performance.md"
+BEGIN, END = "<!-- a long life -->\n", "<!-- end of a long life -->"
 IDLE_S = 60.0
-ROUNDS = 7
+ROUNDS = 5
 SAGAS_A_ROUND = 3000
 BUSY = Case("happy", 1000)
 LONG_AGO = 1_600_000_000_000_000
@@ -207,6 +209,44 @@ def _rss_mb(running: Running) -> float:
     return round(total / 1e6, 1)
 
 
+# ------------------------------------------------------------------------------------------- the page
+
+
+def told(found: dict[str, Any]) -> str:
+    """The figures in words; those that were not measured are left out."""
+    lines = [f"Measured on {found['date'][:10]}.", ""]
+    if idle := found.get("idle"):
+        lines.append(
+            f"- **An idle minute** of one worker is {_large(idle['postgresql_transactions'])} transactions on PostgreSQL and "
+            f"{_large(idle['redis_commands'])} commands on Redis, whatever the history."
+        )
+    for row in found.get("growth", ()):
+        names = {"postgresql": "PostgreSQL", "sqlite": "SQLite"}
+        lines.append(
+            f"- **{_large(row['instances'])} finished instances**, as many inbox rows and lines of history, on "
+            f"{names[row['store']]}: {_large(row['steps_per_s_full'])} steps/s, on an empty store "
+            f"{_large(row['steps_per_s_empty'])}; the median of {len(row['rounds'])} ratios in turns is {row['ratio']:.2f}."
+        )
+    if memory := found.get("memory"):
+        first, *rest = (megabytes for _, megabytes in memory["rss_mb"])
+        lines.append(
+            f"- **{_large(memory['messages'])} messages** through one worker: {first:.0f} MB of resident memory before, "
+            f"{min(rest):.0f} to {max(rest):.0f} MB after each tenth of them."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _large(number: float) -> str:
+    return f"{number:,.0f}"
+
+
+def page_with(source: str, found: dict[str, Any]) -> str:
+    """The page with these figures in their place."""
+    head, _, rest = source.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n{told(found)}\n{END}{tail}"
+
+
 def main() -> None:
     """Runs the parts, prints and keeps their figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -231,6 +271,7 @@ def main() -> None:
             found["memory"] = memory(servers, asked.messages)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(found, indent=2) + "\n")
+    PAGE.write_text(page_with(PAGE.read_text(), found))
 
 
 if __name__ == "__main__":

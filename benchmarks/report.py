@@ -92,9 +92,9 @@ NOT_MEASURED = """\
 HOW = """\
 ## Run it yourself
 
-```shell
-make bench         # everything, some 25 minutes; peers are installed in environments of their own
-make bench-quick   # ours and the bare parts, about one minute
+```console
+$ make bench         # everything, some 20 minutes; peers are installed in environments of their own
+$ make bench-quick   # ours and the bare parts, about one minute
 ```
 
 It needs no server: it starts its own and removes them. The rows are in `benchmarks/results/latest.json`,
