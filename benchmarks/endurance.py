@@ -218,7 +218,7 @@ def told(found: dict[str, Any]) -> str:
     if idle := found.get("idle"):
         lines.append(
             f"- **An idle minute** of one worker is {_large(idle['postgresql_transactions'])} transactions on PostgreSQL and "
-            f"{_large(idle['redis_commands'])} commands on Redis, whatever the history."
+            f"{_large(idle['redis_commands'])} commands on Redis."
         )
     for row in found.get("growth", ()):
         names = {"postgresql": "PostgreSQL", "sqlite": "SQLite"}
