@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -45,11 +46,13 @@ def demo(directory: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 def started_by(process: subprocess.Popen[str]) -> dict[int, str]:
     """Process id -> name of everything that runs below the demo."""
-    try:
-        children = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return {}
-    return {child.pid: child.name() for child in children}
+    found: dict[int, str] = {}
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            # It may end between being listed and being asked its name.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found[child.pid] = child.name()
+    return found
 
 
 def assert_gone(pids: dict[int, str], directory: Path) -> None:
