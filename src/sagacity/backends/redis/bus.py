@@ -9,7 +9,8 @@ from typing import Any, Literal, Self
 import redis.exceptions as failures
 
 from sagacity.backends.redis.checks import server_info, unsafe_lines
-from sagacity.backends.redis.connection import Connector, close_client, reason_of
+from sagacity.backends.redis.client import close_client
+from sagacity.backends.redis.connection import Connector, reason_of
 from sagacity.backends.redis.publishing import Batch
 from sagacity.backends.redis.reader import Membership
 from sagacity.backends.redis.subscription import RedisSubscription
@@ -50,6 +51,8 @@ class RedisBus:
             url, timeout_s=timeout_s, connections_max=connections_max, protocol=protocol
         )
         self._client = self._connector.shared()
+        self._pipelined = self._connector.pipelined(self._client)
+        """Publishes and acknowledges: what every batch does."""
         self._subscriptions: list[RedisSubscription] = []
 
     def __repr__(self) -> str:
@@ -89,7 +92,7 @@ class RedisBus:
             batch.add(self.key(envelope.topic), envelope)
         for batch in batches.values():
             with self._connector.errors("publish"):
-                await self._client.execute_command(*batch.command())
+                await self._pipelined.execute_command(*batch.command())
 
     async def join(self, group: str, consumer: str, topics: Collection[str]) -> RedisSubscription:
         """Makes the group where it is missing, and joins it; see `Bus.join`."""
@@ -101,7 +104,7 @@ class RedisBus:
         )
         with self._connector.errors("join a consumer group"):
             await membership.found(self._client, membership.keys)
-        subscription = RedisSubscription(self._connector, self._client, membership)
+        subscription = RedisSubscription(self._connector, self._client, self._pipelined, membership)
         self._subscriptions.append(subscription)
         return subscription
 
@@ -115,6 +118,7 @@ class RedisBus:
         """Closes the subscriptions that are still open, then all connections."""
         while self._subscriptions:
             await self._subscriptions.pop().close()
+        await self._pipelined.aclose()
         await close_client(self._client)
 
     # --- for the janitor ------------------------------------------------------------------------

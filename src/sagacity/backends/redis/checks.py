@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sagacity.backends.redis.connection import Client, Connector
+from sagacity.backends.redis.client import Client
+from sagacity.backends.redis.connection import Connector
 
 VERSION_MIN = (6, 2)
 

@@ -6,10 +6,10 @@ leaves what the first one was given to a consumer that has forgotten it (librari
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 import redis.exceptions as failures
@@ -21,7 +21,11 @@ from redis.backoff import NoBackoff
 from redis.connection import HiredisRespSerializer
 from redis.utils import HIREDIS_AVAILABLE
 
+from sagacity.backends.redis.client import Channel, Client, ClientChannel
 from sagacity.core.errors import BusError, BusUnavailable, ConfigurationError
+
+if TYPE_CHECKING:
+    from sagacity.backends.redis.line import Line
 
 _PLAIN = ("redis", "rediss", "unix")
 _SENTINEL = ("redis+sentinel", "rediss+sentinel")
@@ -60,22 +64,6 @@ _TRANSIENT_WORDS = (
     "NOGROUP",
 )
 """First words of replies that mean: not now."""
-
-
-class Client(Protocol):
-    """The few calls of redis-py's clients that are used here, whichever kind it is."""
-
-    async def execute_command(self, *args: Any, **options: Any) -> Any:
-        """Sends one command and returns its parsed reply."""
-        ...
-
-    def set_response_callback(self, command: str, callback: Callable[..., Any]) -> None:
-        """Makes `callback` the parser of a command's reply."""
-        ...
-
-    async def aclose(self) -> None:
-        """Ends the client."""
-        ...
 
 
 def redacted(url: str) -> str:
@@ -134,22 +122,44 @@ class Connector:
         """A client for short commands from many tasks; waits for a free connection."""
         return self._client(self._timeout_s, self._connections_max)
 
+    def pipelined(self, shared: Client) -> Client:
+        """A client for the commands of every batch, all on one connection; replies as Redis sent them.
+
+        In a cluster, and without hiredis, it is the shared one.
+        """
+        if not self._has_lines:
+            return shared
+        from sagacity.backends.redis.line import SharedLine  # it needs hiredis
+
+        return SharedLine(lambda: _line(shared, 0))
+
+    async def channel(self, shared: Client, key: str, block_ms: int) -> Channel:
+        """A connection for commands on `key` that may block for `block_ms`.
+
+        Raises what redis-py raises where the server cannot be reached.
+        """
+        if not self._has_lines:
+            return ClientChannel(self.dedicated(block_ms), key)
+        return await _line(shared, block_ms)
+
     def dedicated(self, block_ms: int) -> Client:
         """A client with one connection of its own, whose commands may block for `block_ms`.
 
-        It tells each broken connection by an error. A pool would replace one that broke while idle
-        without a word, and its reader would not know that it has to read its pending entries again.
-        Close it with `close_client`.
+        It tells each broken connection by an error, as a channel has to. Close it with `close_client`.
         """
         return self._client(self._timeout_s + block_ms / 1000, None)
+
+    @property
+    def _has_lines(self) -> bool:
+        return HIREDIS_AVAILABLE and not self.cluster
 
     def _client(self, read_timeout_s: float, connections: int | None) -> Client:
         client = self._connected_by(read_timeout_s, connections)
         for command in ("XREADGROUP", "XAUTOCLAIM"):
             client.set_response_callback(command, _as_sent)
-        return client
+        return cast("Client", client)
 
-    def _connected_by(self, read_timeout_s: float, connections: int | None) -> Client:
+    def _connected_by(self, read_timeout_s: float, connections: int | None) -> Any:
         scheme = self._parts.scheme
         options: dict[str, Any] = {
             "decode_responses": False,
@@ -176,8 +186,8 @@ class Connector:
             # Names an unknown option now, not with the first command.
             pool.connection_class(**pool.connection_kwargs)
             if connections is None:
-                return cast("Client", Redis(connection_pool=pool, single_connection_client=True))
-            return cast("Client", Redis.from_pool(pool))  # closing the client closes the pool
+                return Redis(connection_pool=pool, single_connection_client=True)
+            return Redis.from_pool(pool)  # closing the client closes the pool
         except (ValueError, TypeError) as error:
             raise ConfigurationError(f"bus URL {self.name}: {_one_line(str(error))}") from error
 
@@ -219,18 +229,12 @@ class Connector:
         )
         return cast("ConnectionPool", pool)
 
-    def _cluster(self, options: dict[str, Any]) -> Client:
+    def _cluster(self, options: dict[str, Any]) -> Any:
         parts = self._parts
         plain = urlunsplit(
             (parts.scheme.removesuffix("+cluster"), parts.netloc, "", parts.query, "")
         )
-        return cast("Client", RedisCluster.from_url(plain, **options))
-
-    def at(self, client: Client, key: str) -> dict[str, Any]:
-        """Options that send a command without a key to the server that holds `key`."""
-        if not self.cluster:
-            return {}
-        return {"target_nodes": cast("RedisCluster", client).get_node_from_key(key)}
+        return RedisCluster.from_url(plain, **options)
 
     # --- errors ---------------------------------------------------------------------------------
 
@@ -274,15 +278,14 @@ def missing_group(error: BaseException) -> bool:
     )
 
 
-async def close_client(client: Client) -> None:
-    """Ends a client with all connections it has, those to Sentinel too. Safe to call twice."""
-    await client.aclose()
-    pool = getattr(client, "connection_pool", None)
-    if pool is not None:
-        await pool.disconnect()
-        watchers = getattr(pool, "sentinel_manager", None)
-        for watcher in watchers.sentinels if watchers is not None else ():
-            await watcher.aclose()
+async def _line(shared: Client, block_ms: int) -> Line:
+    """A line to where the client's connections go, also where Sentinel names the place."""
+    from sagacity.backends.redis.line import open_line
+
+    connection: Any = cast("Any", shared).connection_pool.make_connection()
+    if connection.socket_timeout is not None:
+        connection.socket_timeout += block_ms / 1000
+    return await open_line(connection)
 
 
 @cache

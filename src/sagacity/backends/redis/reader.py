@@ -1,8 +1,8 @@
 """One connection that reads some streams of a consumer group, one command at a time.
 
 A read in flight is never cancelled: what Redis hands out while nobody listens is lost to the caller
-until it is reclaimed (protocol.md M1). So a command runs in a task of its own that outlives the call
-that asked for it, and the next call collects its result.
+until it is reclaimed (protocol.md M1). So a command is a future that outlives the call that asked for
+it, and the next call collects its result.
 """
 
 from __future__ import annotations
@@ -10,17 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import redis.exceptions as failures
 
-from sagacity.backends.redis.connection import (
-    Client,
-    Connector,
-    close_client,
-    missing_group,
-    reason_of,
-)
+from sagacity.backends.redis.client import Channel, Client, target_of
+from sagacity.backends.redis.connection import Connector, missing_group, reason_of
 from sagacity.backends.redis.entry import (
     Entry,
     attempts_of,
@@ -28,6 +24,7 @@ from sagacity.backends.redis.entry import (
     streams_of,
 )
 from sagacity.core.delivery import Delivery
+from sagacity.core.errors import BusError
 
 _log = logging.getLogger(__name__)
 
@@ -65,101 +62,134 @@ class Membership:
 
 
 class Reader:
-    """Reads `topics` over a connection of its own."""
+    """Reads `topics` over a connection of its own; `shared` sends what only happens now and then."""
 
     def __init__(
-        self, connector: Connector, membership: Membership, topics: Collection[str]
+        self,
+        connector: Connector,
+        shared: Client,
+        membership: Membership,
+        topics: Collection[str],
     ) -> None:
         self._connector = connector
+        self._shared = shared
         self._membership = membership
         self._topics = tuple(topics)
-        self._client = connector.dedicated(BLOCK_MS_MAX)
+        self._keys = [membership.keys[topic] for topic in self._topics]
+        self._channel: Channel | None = None
+        self._old: Channel | None = None
+        """A broken one that is still to be closed."""
+        self._flight: asyncio.Future[Any] | None = None
         self._task: asyncio.Task[list[Delivery]] | None = None
-        self._backlog: dict[str, str] = dict.fromkeys(self._topics, "0")
+        """The flight where it is more than a single command."""
+        self._backlog: dict[str, str] = {}
         """Topic -> last own pending entry that was read again; empty once all of them were."""
+        self._missing: Exception | None = None
+        """What said that a stream or the group has gone."""
         self._busy = 1
         """How many streams had entries in the last reply: COUNT is per stream, a limit is not."""
         self._entry_bytes = membership.entry_bytes_max / 4
         """Moving estimate of an entry's size; careful before the first entries came."""
         self._down = False
-        self._client_id: int | None = None
+        self._number = 0
+        """The server's number of the connection; 0 where the ACL forbids to ask for it."""
 
     # --- the command in flight ------------------------------------------------------------------
 
     @property
-    def task(self) -> asyncio.Task[list[Delivery]] | None:
-        """The command in flight."""
-        return self._task
+    def flight(self) -> asyncio.Future[Any] | None:
+        """What is in flight; done once there is something to collect. Not to be cancelled."""
+        return self._flight
 
-    def start(self, limit: int, block_ms: int) -> None:
-        """Puts a command in flight; with `block_ms` 0 it does not wait for entries."""
-        assert self._task is None
-        # An empty context: the task outlives its caller, whose trace is not the parent of its work.
-        self._task = asyncio.create_task(
-            self._read(limit, min(block_ms, BLOCK_MS_MAX)),
-            name=f"redis reader {self._membership.group}",
-            context=contextvars.Context(),
-        )
+    @property
+    def catching_up(self) -> bool:
+        """True while what is in flight reads this consumer's pending entries again."""
+        return self._task is not None and not self._task.done()
+
+    def start(
+        self, limit: int, block_ms: int, ended: Callable[[object], None]
+    ) -> asyncio.Future[Any]:
+        """Puts a command in flight; with `block_ms` 0 it does not wait for entries.
+
+        Calls `ended` when there is something to collect.
+        """
+        assert self._flight is None
+        count, block_ms = self._count(limit), min(block_ms, BLOCK_MS_MAX)
+        if self._channel is not None and not self._backlog and self._missing is None:
+            self._flight = self._channel.send(*self._fresh(count, block_ms))
+        else:
+            # An empty context: the task outlives its caller, whose trace is not the parent of its work.
+            self._flight = self._task = asyncio.create_task(
+                self._catch_up(count, block_ms),
+                name=f"redis reader {self._membership.group}",
+                context=contextvars.Context(),
+            )
+        self._flight.add_done_callback(ended)
+        return self._flight
 
     def collect(self) -> list[Delivery]:
-        """The result of a command that is done. Raises BusUnavailable or BusError if it failed."""
-        assert self._task is not None
-        task, self._task = self._task, None
-        return task.result()
-
-    async def stop(self, shared: Client, wait_s: float) -> list[Delivery]:
-        """Ends the command in flight without losing its result, and closes the connection."""
-        rest: list[Delivery] = []
-        if self._task is not None:
-            await self._unblock(shared)  # otherwise it ends within one slice all the same
-            await asyncio.wait({self._task}, timeout=wait_s)
-            if not self._task.done():
-                self._task.cancel()  # the server is silent; what it hands out is reclaimed later
-                await asyncio.wait({self._task})
-            if not self._task.cancelled() and self._task.exception() is None:
-                rest = self._task.result()
-            self._task = None
-        await close_client(self._client)
-        return rest
-
-    async def _unblock(self, shared: Client) -> None:
-        if not self._client_id:
-            return
+        """The result of a flight that is done. Raises BusUnavailable or BusError if it failed."""
+        assert self._flight is not None
+        flight, task = self._flight, self._task
+        self._flight = self._task = None
         try:
-            at = self._connector.at(shared, self._membership.keys[self._topics[0]])
-            await shared.execute_command("CLIENT UNBLOCK", self._client_id, **at)
-        except (failures.RedisError, OSError) as error:
-            _log.debug("Blocked read was not ended early", extra={"error": reason_of(error)})
-
-    # --- reading --------------------------------------------------------------------------------
-
-    async def _read(self, limit: int, block_ms: int) -> list[Delivery]:
-        try:
-            found = await self._read_once(self._count(limit), block_ms)
+            found = task.result() if task is not None else self._taken(flight.result())
         except (failures.RedisError, OSError) as error:
             if missing_group(error):
-                with self._connector.errors("make the consumer group again"):
-                    await self._rebuild(error)
+                self._missing = error
                 return []
-            await self._lost_connection(error)
+            self._lost_connection(error)
             raise self._connector.error(error, "read") from error
         if self._down:
             self._down = False
             _log.info("Redis reader is connected again", extra=self._where())
         return found
 
-    async def _read_once(self, count: int, block_ms: int) -> list[Delivery]:
-        while self._backlog:
-            found = await self._read_backlog(count)
-            if self._client_id is None:
-                self._client_id = await self._own_id()
-            if found:
-                return found
+    async def stop(self, wait_s: float) -> list[Delivery]:
+        """Ends the command in flight without losing its result, and closes the connection."""
+        rest: list[Delivery] = []
+        flight = self._flight
+        if flight is not None:
+            await self._unblock()  # otherwise it ends within one slice all the same
+            await asyncio.wait({flight}, timeout=wait_s)
+            if not flight.done():
+                flight.cancel()  # the server is silent; what it hands out is reclaimed later
+                await asyncio.wait({flight})
+            if self._flight is flight and not flight.cancelled():
+                try:
+                    rest = self.collect()
+                except BusError as error:
+                    _log.debug("Last read failed", extra={"error": str(error)})
+            self._flight = self._task = None
+        await self._close_channels()
+        return rest
+
+    async def _unblock(self) -> None:
+        if not self._number:
+            return
+        try:
+            at = await target_of(self._shared, self._keys[0])
+            await self._shared.execute_command("CLIENT UNBLOCK", self._number, **at)
+        except (failures.RedisError, OSError) as error:
+            _log.debug("Blocked read was not ended early", extra={"error": reason_of(error)})
+
+    async def _close_channels(self) -> None:
+        for channel in (self._old, self._channel):
+            if channel is not None:
+                await channel.close()
+        self._old = self._channel = None
+
+    # --- reading --------------------------------------------------------------------------------
+
+    def _fresh(self, count: int, block_ms: int) -> tuple[str | int, ...]:
+        """The command for entries that nobody was handed."""
         block = ("BLOCK", block_ms) if block_ms > 0 else ()
-        keys = [self._membership.keys[topic] for topic in self._topics]
-        reply = await self._client.execute_command(
-            *self._command(), "COUNT", count, *block, "STREAMS", *keys, *(">" for _ in keys)
+        return (
+            *(*self._command(), "COUNT", count, *block, "STREAMS"),
+            *(*self._keys, *(">" for _ in self._keys)),
         )
+
+    def _taken(self, reply: Any) -> list[Delivery]:
         streams = streams_of(reply)
         if streams:
             self._busy = len(streams)
@@ -168,28 +198,45 @@ class Reader:
             deliveries += self._deliveries(self._membership.topics[key], entries, {})
         return deliveries
 
-    async def _own_id(self) -> int:
-        """The number of this connection, to end its blocking read with; 0 where the ACL forbids."""
-        at = self._connector.at(self._client, self._membership.keys[self._topics[0]])
-        try:
-            return int(await self._client.execute_command("CLIENT ID", **at))
-        except failures.ResponseError as error:
-            _log.debug("Blocked reads cannot be ended early", extra={"error": reason_of(error)})
-            return 0
+    async def _catch_up(self, count: int, block_ms: int) -> list[Delivery]:
+        """What stands between this reader and fresh entries, and then those."""
+        if self._missing is not None:
+            with self._connector.errors("make the consumer group again"):
+                await self._rebuild(self._missing)
+        channel = self._channel
+        if channel is None:
+            channel = await self._connected()
+        while self._backlog:
+            found = await self._read_backlog(channel, count)
+            if found:
+                return found
+        return self._taken(await channel.send(*self._fresh(count, block_ms)))
 
-    async def _read_backlog(self, count: int) -> list[Delivery]:
+    async def _connected(self) -> Channel:
+        """A new connection, which first reads again what the one before it may have lost."""
+        await self._close_channels()
+        # Made anew it asks where the server is: behind Sentinel it may be another one now.
+        channel = await self._connector.channel(self._shared, self._keys[0], BLOCK_MS_MAX)
+        self._channel = channel
+        self._backlog = dict.fromkeys(self._topics, "0")
+        try:
+            self._number = await channel.number()
+        except failures.ResponseError as error:
+            self._number = 0
+            _log.debug("Blocked reads cannot be ended early", extra={"error": reason_of(error)})
+        return channel
+
+    async def _read_backlog(self, channel: Channel, count: int) -> list[Delivery]:
         """What this consumer was handed before and has not acknowledged: one page of one stream."""
         topic, after = next(iter(self._backlog.items()))
         key = self._membership.keys[topic]
-        reply = await self._client.execute_command(
-            *self._command(), "COUNT", count, "STREAMS", key, after
-        )
+        reply = await channel.send(*self._command(), "COUNT", count, "STREAMS", key, after)
         entries = [entry for _, some in streams_of(reply) for entry in some]
         if not entries:
             del self._backlog[topic]
             return []
         first, last = entries[0][0], entries[-1][0]
-        attempts = await hand_outs(self._client, self._membership, key, first, last, len(entries))
+        attempts = await hand_outs(self._shared, self._membership, key, first, last, len(entries))
         self._backlog[topic] = last.decode()
         return self._deliveries(topic, entries, attempts)
 
@@ -221,22 +268,19 @@ class Reader:
             "Stream or consumer group was missing, made again from the first kept message",
             extra={**self._where(), "error": reason_of(error)},
         )
-        await self._membership.found(self._client, self._topics)
+        await self._membership.found(self._shared, self._topics)
+        self._missing = None
         self._backlog = dict.fromkeys(self._topics, "0")
 
-    async def _lost_connection(self, error: Exception) -> None:
-        """From now on a new connection, which first reads again what this one may have lost."""
+    def _lost_connection(self, error: Exception) -> None:
         if not self._down:
             self._down = True
             _log.warning(
                 "Redis reader lost its connection",
                 extra={**self._where(), "error": reason_of(error)},
             )
-        self._backlog = dict.fromkeys(self._topics, "0")
-        self._client_id = None
-        await close_client(self._client)
-        # A new client asks anew where the server is: behind Sentinel it may be another one now.
-        self._client = self._connector.dedicated(BLOCK_MS_MAX)
+        self._old, self._channel = self._channel or self._old, None
+        self._number = 0
 
     def _where(self) -> dict[str, object]:
         return {

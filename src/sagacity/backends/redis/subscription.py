@@ -6,12 +6,12 @@ import asyncio
 import logging
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from typing import Any
 
 import anyio
 import redis.exceptions as failures
 
-from sagacity.backends.redis.connection import Client, Connector, missing_group, reason_of
+from sagacity.backends.redis.client import Client
+from sagacity.backends.redis.connection import Connector, missing_group, reason_of
 from sagacity.backends.redis.entry import Entry, delivery_of, entry_size, lost
 from sagacity.backends.redis.reader import Membership, Reader, hand_outs
 from sagacity.core.delivery import Delivery
@@ -44,14 +44,17 @@ class RedisSubscription:
     Not for use by several tasks at once, except `wake` and `ack`.
     """
 
-    def __init__(self, connector: Connector, shared: Client, membership: Membership) -> None:
+    def __init__(
+        self, connector: Connector, shared: Client, pipelined: Client, membership: Membership
+    ) -> None:
         self._connector = connector
         self._shared = shared
+        self._pipelined = pipelined
         self._membership = membership
         topics = tuple(membership.keys)
         # In a cluster each stream may live on another node: one read per stream (row 26).
         parts = [(topic,) for topic in topics] if connector.cluster else [topics]
-        self._readers = [Reader(connector, membership, part) for part in parts if part]
+        self._readers = [Reader(connector, shared, membership, part) for part in parts if part]
         self._ready: deque[Delivery] = deque()
         """Read, but not handed to the caller yet."""
         self._waker: asyncio.Future[None] | None = None
@@ -82,25 +85,16 @@ class RedisSubscription:
 
     async def _wait_once(self, limit: int, remaining_s: float) -> None:
         """Puts a command in flight for each reader that has none, and waits for the first end."""
-        ends: set[asyncio.Future[Any]] = set()
+        block_ms = int(remaining_s * 1000)
+        ended = False
         for reader in self._readers:
-            if reader.task is None:
-                reader.start(limit, int(remaining_s * 1000))
-            assert reader.task is not None
-            ends.add(reader.task)
-        self._waker = asyncio.get_running_loop().create_future()
-        try:
-            # Cancelling this leaves the commands in flight; their results come with the next read.
-            await asyncio.wait(
-                {*ends, self._waker},
-                timeout=remaining_s + _GRACE_S,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-        finally:
-            self._waker = None
+            flight = reader.flight or reader.start(limit, block_ms, self._ring)
+            ended = ended or flight.done()
+        if not ended:
+            await self._until_rung(remaining_s + _GRACE_S)
         failure: BusError | None = None
         for reader in self._readers:
-            if reader.task is not None and reader.task.done():
+            if reader.flight is not None and reader.flight.done():
                 try:
                     self._ready.extend(reader.collect())
                 except BusError as error:
@@ -108,11 +102,28 @@ class RedisSubscription:
         if failure is not None and not self._ready:
             raise failure
 
+    async def _until_rung(self, wait_s: float) -> None:
+        """Waits for a flight to end, or for `wake`, and at most for `wait_s`.
+
+        To cancel this leaves the commands in flight; their results come with the next read.
+        """
+        loop = asyncio.get_running_loop()
+        self._waker = loop.create_future()
+        timer = loop.call_later(wait_s, self._ring)
+        try:
+            await self._waker
+        finally:
+            timer.cancel()
+            self._waker = None
+
+    def _ring(self, _: object = None) -> None:
+        if self._waker is not None and not self._waker.done():
+            self._waker.set_result(None)
+
     def wake(self) -> None:
         """Makes a waiting `read`, or else the next one, return at once."""
         self._woken = True
-        if self._waker is not None and not self._waker.done():
-            self._waker.set_result(None)
+        self._ring()
 
     # --- reclaiming -----------------------------------------------------------------------------
 
@@ -220,7 +231,7 @@ class RedisSubscription:
             for topic, entry_ids in by_topic.items():
                 key = self._membership.keys[topic]
                 for start in range(0, len(entry_ids), _ACK_CHUNK):
-                    done += await self._shared.execute_command(
+                    done += await self._pipelined.execute_command(
                         "XACK", key, self._membership.group, *entry_ids[start : start + _ACK_CHUNK]
                     )
         if done < len(deliveries):
@@ -243,7 +254,7 @@ class RedisSubscription:
         self.wake()
         with anyio.CancelScope(shield=True):
             for reader in self._readers:
-                self._ready.extend(await reader.stop(self._shared, _CLOSE_S))
+                self._ready.extend(await reader.stop(_CLOSE_S))
             with anyio.move_on_after(_CLOSE_S):
                 try:
                     await self._hand_back()

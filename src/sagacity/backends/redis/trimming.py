@@ -6,7 +6,8 @@ from typing import Any
 
 import redis.exceptions as failures
 
-from sagacity.backends.redis.connection import Client, reason_of
+from sagacity.backends.redis.client import Client
+from sagacity.backends.redis.connection import reason_of
 from sagacity.backends.redis.subscription import forget_consumer
 
 
