@@ -1,14 +1,19 @@
-"""The relay's sweep where the bus refuses something."""
+"""The relay where the bus refuses something, and where rows that have left cannot be forgotten."""
 
 from __future__ import annotations
 
+import itertools
 import logging
+import time
+from collections.abc import Mapping
 
+import anyio
 import pytest
 from redis.asyncio import Redis
 
 from sagacity import Event
-from sagacity.core.plan import OutboxRow
+from sagacity.backends.sql import SqlStore
+from sagacity.core.plan import OutboxRow, Plan
 from sagacity.worker.relay import Relay
 from tests.worker.running import envelope, site
 
@@ -54,3 +59,52 @@ async def test_what_the_bus_refuses_holds_up_its_own_lane_only(
         if lane:
             assert order == [f"r{n}" for n in range(25)]
     await client.aclose()
+
+
+# --- rows that stay though they have left ------------------------------------------------------
+
+
+class Sweeps:
+    """An observer that notes when a relay swept."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def notice(self, name: str, attributes: Mapping[str, object]) -> None:
+        del attributes
+        if name == "relay.swept":
+            self.at.append(time.monotonic())
+
+
+class Thawed(Exception):
+    """Ends a transaction without a commit."""
+
+
+async def test_rows_that_somebody_holds_are_published_again_less_and_less_often(
+    postgres_url: str, redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker that is frozen while it forgets them must not make a relay fill the bus with copies."""
+    sweeps = Sweeps()
+    async with site(postgres_url, redis_url) as place, Redis.from_url(redis_url) as client:
+        other = SqlStore(postgres_url)
+        rows = [OutboxRow("a lane", envelope(Accepted(n), f"m{n}")) for n in range(10)]
+        seqs = [row.seq for row in await place.store.append(rows)]
+        clock = place.store.clock
+        relay = Relay(place.store, place.bus, clock, age_us=0, limit=10, observer=sweeps)
+        async with anyio.create_task_group() as tasks:
+            with pytest.raises(Thawed):
+                async with other.transaction() as frozen:
+                    await frozen.write(Plan(now=frozen.now), seqs)
+                    tasks.start_soon(relay.run, 0.05)
+                    await place.until(lambda: len(sweeps.at) >= 5, "five sweeps")
+                    raise Thawed
+            relay.notify()
+            await place.quiet()
+            relay.stop()
+        await other.close()
+        # After a full page the next one is taken at once; then come pauses of 0.1, 0.2 and 0.4 s.
+        pauses = [later - sooner for sooner, later in itertools.pairwise(sweeps.at[1:5])]
+        assert all(pause >= least for pause, least in zip(pauses, (0.1, 0.2, 0.4), strict=True))
+        assert await client.xlen("sagacity:accepted") == 10 * len(sweeps.at)
+        [warning] = [one for one in caplog.records if one.levelno >= logging.WARNING]
+        assert "stay pending" in warning.getMessage()

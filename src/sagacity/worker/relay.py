@@ -17,6 +17,9 @@ from sagacity.ports import Bus, Clock, Observer, OutboxStore, PendingRow
 
 log = logging.getLogger(__name__)
 
+PAUSE_MAX_S = 10.0
+"""Longest pause between two tries of what did not go on."""
+
 
 class Relay:
     """Sweeps one store's outbox onto one bus.
@@ -40,6 +43,10 @@ class Relay:
         self._urgent = False
         self._stopping = False
         self._refused: dict[str, int] = {}
+        self._sent: frozenset[int] = frozenset()
+        """The rows that the last sweep published."""
+        self._repeats = 0
+        """How many sweeps in a row found nothing but rows that had just been published."""
 
     def notify(self) -> None:
         """Something was committed that nobody publishes: sweep now, whatever its age."""
@@ -58,6 +65,9 @@ class Relay:
         """
         older_than = self.clock.now() - (self.age_us if age_us is None else age_us)
         rows = await self.store.pending(older_than, self.limit)
+        seqs = [row.seq for row in rows]
+        sent, self._sent = self._sent, frozenset()
+        repeats, self._repeats = self._repeats, 0
         if not rows:
             return 0
         try:
@@ -66,7 +76,11 @@ class Relay:
             raise
         except BusError:
             return await self._one_lane_at_a_time(older_than)
-        await self.store.published([row.seq for row in rows])
+        # Noted before they are forgotten, which may fail.
+        self._sent = frozenset(seqs)
+        if sent.issuperset(seqs):
+            self._repeats = repeats + 1
+        await self.store.published(seqs)
         if self.observer is not None:
             self.observer.notice("relay.swept", {"messages": len(rows)})
         return len(rows)
@@ -117,7 +131,11 @@ class Relay:
         )
 
     async def run(self, interval_s: float = 0.5) -> None:
-        """Sweeps until `stop`; waits out servers that are away, with one log line each time."""
+        """Sweeps until `stop`; waits out servers that are away, with one log line each time.
+
+        Rows that another transaction is forgetting right now cannot be forgotten here, and come again;
+        where a sweep finds no others, the next one waits twice as long each time.
+        """
         away = False
         pause = interval_s
         while not self._stopping:
@@ -128,15 +146,23 @@ class Relay:
             except (BusUnavailable, Unavailable) as error:
                 if not away:
                     log.warning("Relay waits for its servers", extra={"error": str(error)})
-                away, pause = True, min(2 * pause, 10.0)
+                away, pause = True, min(2 * pause, PAUSE_MAX_S)
                 moved = 0
             except StoreError as error:
+                # The same rows are published again next time, in vain: not as fast as it goes.
+                pause = min(2 * pause, PAUSE_MAX_S)
                 log.error("Relay cannot sweep", extra={"error": str(error)})  # noqa: TRY400 - one line
                 moved = 0
             else:
                 if away:
                     log.info("Relay goes on")
-                away, pause = False, interval_s
-            if moved < self.limit:
+                away = False
+                pause = min(2 * pause, PAUSE_MAX_S) if self._repeats else interval_s
+                if self._repeats == 2:
+                    log.warning(
+                        "Published rows stay pending, somebody else holds them",
+                        extra={"rows": moved},
+                    )
+            if moved < self.limit or self._repeats:
                 with anyio.move_on_after(pause):
                     await self._wake.wait()
