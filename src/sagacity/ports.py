@@ -125,7 +125,7 @@ class Transaction(Protocol):
     """The one transaction of a batch. Leaving its context commits; an exception rolls back.
 
     So does an exception that one of its methods raised and that was caught inside: the exit raises it
-    again.
+    again. An optimistic one is for one `write`, which is its end.
     """
 
     @property
@@ -142,9 +142,11 @@ class Transaction(Protocol):
         ...
 
     async def load(self, wanted: Mapping[str, Collection[str]], *, wait: bool = False) -> Loaded:
-        """Locks and loads the instances (saga type -> keys) that are free.
+        """Loads the instances (saga type -> keys) that are free, and locks them until the end.
 
-        With `wait` it waits for the held ones too, a few seconds at most, then calls them busy.
+        With `wait` it waits for the held ones too, a few seconds at most, then calls them busy. An
+        optimistic transaction may load without a lock; then `write` raises Conflict where one of them
+        has changed, also one that the plan leaves alone.
         """
         ...
 
@@ -155,6 +157,21 @@ class Transaction(Protocol):
         parked: Collection[tuple[str, str]] = (),
     ) -> Known:
         """Reads, under the locks of `load`, what guards against a second effect."""
+        ...
+
+    async def read(
+        self,
+        wanted: Mapping[str, Collection[str]],
+        inbox: Collection[tuple[str, str]],
+        timeouts: Collection[tuple[str, str, int]] = (),
+        parked: Collection[tuple[str, str]] = (),
+        *,
+        wait: bool = False,
+    ) -> tuple[Loaded, Known]:
+        """`load` and `known` in as few trips as possible.
+
+        What is `seen` may be older than the instances; then `write` raises Conflict.
+        """
         ...
 
     async def write(self, plan: Plan, published: Sequence[int] = ()) -> list[PendingRow]:
@@ -203,8 +220,10 @@ class Store(Protocol):
         """
         ...
 
-    def transaction(self) -> AbstractAsyncContextManager[Transaction]:
+    def transaction(self, *, optimistic: bool = False) -> AbstractAsyncContextManager[Transaction]:
         """Begins the transaction of a batch.
+
+        With `optimistic` the store may leave out locks that cost more than the race they prevent.
 
         Raises Unavailable from the context's exit too; then it is unknown whether it committed, and
         the right answer is to run the whole batch again: the guards decide.

@@ -89,14 +89,14 @@ class Store(MemoryStore):
         self.waiting = self.begun = 0
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncGenerator[MemoryTransaction]:
+    async def transaction(self, *, optimistic: bool = False) -> AsyncGenerator[MemoryTransaction]:
         self.begun += 1
         self.waiting += 1
         await self.open.wait()
         self.waiting -= 1
         if self.away:
             raise Unavailable("the store is away")
-        async with super().transaction() as transaction:
+        async with super().transaction(optimistic=optimistic) as transaction:
             yield transaction
 
     def close_gate(self) -> None:
@@ -251,8 +251,10 @@ async def test_halves_keep_the_order_and_send_each_row_once() -> None:
 
     class Halving(MemoryStore):
         @asynccontextmanager
-        async def transaction(self) -> AsyncGenerator[MemoryTransaction]:
-            async with store.transaction() as transaction:
+        async def transaction(
+            self, *, optimistic: bool = False
+        ) -> AsyncGenerator[MemoryTransaction]:
+            async with store.transaction(optimistic=optimistic) as transaction:
                 transaction.__class__ = Refusing
                 yield transaction
 

@@ -32,8 +32,8 @@ class Refusing(MemoryStore):
         self.refuses: Callable[[Plan], bool] = lambda plan: False
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncGenerator[Any]:
-        async with super().transaction() as transaction:
+    async def transaction(self, *, optimistic: bool = False) -> AsyncGenerator[Any]:
+        async with super().transaction(optimistic=optimistic) as transaction:
             write = transaction.write
 
             async def checked(plan: Plan, *args: Any) -> Any:

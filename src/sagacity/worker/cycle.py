@@ -100,7 +100,11 @@ class Cycle:
         conflicts: int,
     ) -> Settled:
         try:
-            return await self._attempt(inputs, wait=wait, refused=refused, taken=taken)
+            # Whoever has lost a race takes locks, so that it is not lost for ever.
+            optimistic = not wait and conflicts == 0
+            return await self._attempt(
+                inputs, wait=wait, optimistic=optimistic, refused=refused, taken=taken
+            )
         except KeyTaken as error:
             claim = (error.saga_type, error.name, error.value)
             if claim in taken:
@@ -175,6 +179,7 @@ class Cycle:
         inputs: list[Sorted],
         *,
         wait: bool,
+        optimistic: bool,
         refused: Mapping[str, str],
         taken: Mapping[tuple[str, str, str], str],
     ) -> Settled:
@@ -187,7 +192,7 @@ class Cycle:
         if batch.nothing_to_write and not published:
             return Settled(batch.deliveries, [], [], work=False, due=False, outcomes={})
         try:
-            async with self.store.transaction() as transaction:
+            async with self.store.transaction(optimistic=optimistic) as transaction:
                 now = transaction.now
                 found: Mapping[Lookup, tuple[str, ...]] = {}
                 if lookups := batch.lookups:
@@ -197,12 +202,12 @@ class Cycle:
                 for arrival in arrivals:
                     if arrival.saga_key:
                         wanted.setdefault(arrival.saga_type, set()).add(arrival.saga_key)
-                loaded = await transaction.load(wanted, wait=wait)
                 work = [
                     row for e in batch.for_participants for row in self.service.work_rows(e, now)
                 ]
                 dead = batch.dead_letters(now)
-                known = await transaction.known(
+                loaded, known = await transaction.read(
+                    wanted,
                     inbox={
                         *(guard for arrival in arrivals for guard in arrival.guards),
                         *((row.consumer, row.message_id) for row in work),
@@ -210,6 +215,7 @@ class Cycle:
                     },
                     timeouts={(t.uid, t.name, t.generation) for t in batch.timeouts},
                     parked={(row.consumer, row.message_id) for row in batch.parked},
+                    wait=wait,
                 )
                 plan, outcomes = plan_batch(
                     self.catalog, arrivals, loaded, known, now, refused=refused, taken=taken

@@ -7,6 +7,7 @@ import pytest
 from sqlalchemy import make_url, text
 
 from sagacity.backends.sql import SqlStore
+from sagacity.backends.sql.links import AsyncpgLink, PsycopgLink
 from sagacity.core.errors import Conflict, Unavailable
 from sagacity.core.plan import Plan
 from sagacity.testing.clock import VirtualClock
@@ -99,6 +100,76 @@ async def test_an_answer_to_commit_that_never_comes(server_url: str) -> None:
         finally:
             await store.close()
             await honest.close()
+
+
+async def test_an_optimistic_batch_cut_in_the_middle(server_url: str) -> None:
+    store, operator = SqlStore(server_url), SqlStore(server_url)
+    try:
+        await store.prepare(create=True)
+        with pytest.raises(Unavailable):
+            async with store.transaction(optimistic=True) as transaction:
+                await transaction.load({"Order": ["o1"]})
+                await terminate_others(operator)
+                await transaction.write(batch())
+        assert await operator.saga("Order", "o1") is None
+        async with store.transaction(optimistic=True) as transaction:
+            await transaction.write(batch())
+        assert await operator.saga("Order", "o1") == instance()
+    finally:
+        await store.close()
+        await operator.close()
+
+
+async def test_an_optimistic_batch_whose_answer_never_comes(server_url: str) -> None:
+    """Its one statement was its commit; the inbox tells the second run."""
+    url = make_url(server_url)
+    assert url.port is not None
+    async with TcpProxy(url.port) as proxy:
+        broken = url.set(host="127.0.0.1", port=proxy.port)
+        if url.get_driver_name() == "psycopg":
+            broken = broken.update_query_dict({"sslmode": "disable"})
+        store = SqlStore(broken, clock=VirtualClock())
+        honest = SqlStore(server_url, clock=VirtualClock())
+        try:
+            await store.prepare(create=True)
+            with pytest.raises(Unavailable):
+                async with store.transaction(optimistic=True) as transaction:
+                    await transaction.load({"Order": ["o1"]})
+                    proxy.cut_reply_to(b"uid-of-o1")
+                    await transaction.write(batch())
+            assert proxy.cut >= 1
+            assert await honest.saga("Order", "o1") == instance()
+            with pytest.raises(Conflict):
+                async with store.transaction(optimistic=True) as transaction:
+                    assert (await transaction.known([("Order", "m1")])).seen == {("Order", "m1")}
+                    await transaction.write(batch())
+            assert len(await honest.pending(10**18, 10)) == 1
+        finally:
+            await store.close()
+            await honest.close()
+
+
+async def test_a_session_of_a_pooler_is_no_place_for_settings(
+    server_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pooler answers with a number of its own for the server's process."""
+    for link in (AsyncpgLink, PsycopgLink):
+        monkeypatch.setattr(link, "_backend", lambda _: 1)
+    store = SqlStore(server_url)
+    try:
+        await store.prepare(create=True)
+        for _ in range(2):
+            async with store.transaction(optimistic=True) as transaction:
+                await transaction.load({"Order": ["o1"]})
+                await transaction.write(Plan(now=transaction.now))
+        async with store.transaction(optimistic=True) as transaction:
+            await transaction.write(batch())
+        assert await store.saga("Order", "o1") == instance()
+        async with store.engine.connect() as connection:
+            shown = await connection.scalar(text("SHOW enable_seqscan"))
+            assert shown == "on"
+    finally:
+        await store.close()
 
 
 async def test_a_server_that_freezes(postgres_url: str) -> None:

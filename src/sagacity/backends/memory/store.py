@@ -19,7 +19,7 @@ import msgspec
 from sagacity.backends.memory import inspection, marks, tasks
 from sagacity.backends.memory.clock import SystemClock
 from sagacity.backends.memory.tables import Key, Rows, Tables
-from sagacity.backends.memory.writing import check_plan, write_plan
+from sagacity.backends.memory.writing import check_plan, check_unchanged, write_plan
 from sagacity.core.errors import ConfigurationError, Conflict, StoreError
 from sagacity.core.instance import Instance
 from sagacity.core.plan import (
@@ -97,9 +97,9 @@ class MemoryStore:
     # --- batches --------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncGenerator[MemoryTransaction]:
+    async def transaction(self, *, optimistic: bool = False) -> AsyncGenerator[MemoryTransaction]:
         """The transaction of a batch; see `Store.transaction`."""
-        transaction = MemoryTransaction(self._shared)
+        transaction = MemoryTransaction(self._shared, optimistic=optimistic)
         try:
             yield transaction
             transaction.commit()
@@ -302,8 +302,12 @@ class MemoryStore:
 class MemoryTransaction:
     """`sagacity.ports.Transaction`: sees what is committed, writes when it commits."""
 
-    def __init__(self, shared: Shared) -> None:
+    def __init__(self, shared: Shared, *, optimistic: bool = False) -> None:
+        """`optimistic`: loads without locks, and compares when it writes."""
         self._shared = shared
+        self._optimistic = optimistic
+        self._read: dict[Key, int] = {}
+        """Versions of the instances that were loaded without a lock."""
         self._now = shared.clock.now()
         self._plan: Plan | None = None
         self._own: list[PendingRow] = []
@@ -343,6 +347,10 @@ class MemoryTransaction:
             instance = self._shared.tables.sagas.get(key)
             if instance is None:
                 continue
+            if self._optimistic and not wait:
+                self._read[key] = instance.version
+                loaded.instances[key] = instance
+                continue
             if self._held(key):
                 loaded.busy.add(key)
                 continue
@@ -375,6 +383,19 @@ class MemoryTransaction:
             parked={key for key in parked if key in tables.parked},
         )
 
+    async def read(
+        self,
+        wanted: Mapping[str, Collection[str]],
+        inbox: Collection[Key],
+        timeouts: Collection[tuple[str, str, int]] = (),
+        parked: Collection[Key] = (),
+        *,
+        wait: bool = False,
+    ) -> tuple[Loaded, Known]:
+        """Both at once; see `Transaction`."""
+        loaded = await self.load(wanted, wait=wait)
+        return loaded, await self.known(inbox, timeouts, parked)
+
     async def write(self, plan: Plan, published: Sequence[int] = ()) -> list[PendingRow]:
         """Checks the plan and keeps it for the commit; see `Transaction.write`."""
         if self._plan is not None:
@@ -382,12 +403,10 @@ class MemoryTransaction:
         await self._shared.writer.acquire()
         tables = self._shared.tables
         try:
-            others = {
-                (one.type, one.key)
-                for one, _ in plan.saga_updates
-                if self._held((one.type, one.key))
-            }
+            changed = {(one.type, one.key) for one, _ in plan.saga_updates}
+            others = {key for key in (*changed, *self._read) if self._held(key)}
             check_plan(tables, plan, others)
+            check_unchanged(tables, self._read, others)
         except Exception as error:
             self._shared.writer.release()
             self._failure = error

@@ -5,7 +5,7 @@ Nothing can fail between the first change and the last, so a plan is written who
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import msgspec
 
@@ -119,6 +119,19 @@ def _check_sagas(tables: Tables, plan: Plan, locked_by_others: Collection[Key]) 
             raise Conflict(
                 f"write: expected {instance.type} {instance.key!r} at version {before}, got {got}; "
                 "another worker changed it; run the batch again"
+            )
+
+
+def check_unchanged(
+    tables: Tables, read: Mapping[Key, int], locked_by_others: Collection[Key]
+) -> None:
+    """Raises Conflict where an instance is not what it was when it was read without a lock."""
+    for key, version in read.items():
+        known = tables.sagas.get(key)
+        if known is None or known.version != version or key in locked_by_others:
+            raise Conflict(
+                f"write: expected {key[0]} {key[1]!r} at version {version}; another worker changed it "
+                "or is about to; run the batch again"
             )
 
 

@@ -213,7 +213,7 @@ class Database:
         if core or self.direct is None:
             return CoreLink(self.engine, {READ_ONLY: read_only, TURN: turn})
         if self.dialect is SQLITE:
-            return AiosqliteLink(self.direct, read_only=read_only)
+            return AiosqliteLink(self.direct, read_only=read_only, keeps=keeps_plans)
         link = PsycopgLink if self.engine.driver == PSYCOPG else AsyncpgLink
         return link(self.direct, keeps_plans=keeps_plans)
 
@@ -237,9 +237,11 @@ class Database:
         )
 
     async def close(self) -> None:
-        """Closes the engine if it is ours."""
-        if self._owned:
-            with anyio.move_on_after(self.deadline_s, shield=True):
+        """Closes the connections that are ours, and the engine if it is."""
+        with anyio.move_on_after(self.deadline_s, shield=True):
+            if self.direct is not None:
+                await self.direct.close()
+            if self._owned:
                 await self.engine.dispose()
 
 
@@ -270,10 +272,12 @@ class OpenTransaction:
         read_only: bool = False,
         core: bool = False,
         keeps_plans: bool = False,
+        optimistic: bool = False,
     ) -> None:
         """`core`: by a connection of SQLAlchemy, whatever the driver.
 
         `keeps_plans`: the best plans of its statements are the same for tables of any size.
+        `optimistic`: begins only when told to, or to write.
         """
         self._database = database
         self._what = what
@@ -282,39 +286,81 @@ class OpenTransaction:
         self._link: Link | None = database.link(
             self._turn, read_only=read_only, core=core, keeps_plans=keeps_plans
         )
+        self._optimistic = optimistic
         self._failure: Exception | None = None
+        self.begun = False
+        """True once a transaction is open."""
         self.now = 0
         """The store's time at the begin."""
+
+    @property
+    def dialect(self) -> Dialect:
+        """The kind of the database."""
+        return self._database.dialect
 
     async def __aenter__(self) -> Self:
         """Connects and begins."""
         try:
-            await self._database.bounded(f"{self._what}: begin", self._begin)
+            await self._database.bounded(f"{self._what}: begin", self._enter)
         except BaseException:
             await self._give_back(broken=True)
             raise
         return self
 
-    async def _begin(self) -> None:
+    async def _enter(self) -> None:
         assert self._link is not None
-        if self._turn is not None:
-            await self._turn.take()
-        await self._link.begin()
+        if not self._optimistic:
+            await self._take_turn()
+        await self._link.take()
+        if not self._optimistic or not self._link.autonomous:
+            await self._begin()
         clock = self._database.clock
         if isinstance(clock, DatabaseClock) and clock.stale:
             await self._link.run(clock.look)
         self.now = clock.now()
 
+    async def _take_turn(self) -> None:
+        if self._turn is not None:
+            await self._turn.take()
+
+    async def _begin(self) -> None:
+        assert self._link is not None
+        await self._take_turn()
+        await self._link.begin()
+        self.begun = True
+
+    async def begin(self) -> None:
+        """Begins an optimistic one after all."""
+        await self._bounded(f"{self._what}: begin", self._begin)
+
     async def run(self, what: str, work: Callable[[Executor], T]) -> T:
         """Runs a function of what sends statements inside this transaction."""
-        link = self._link
-        if link is None:
-            raise Unavailable(f"{what}: the transaction has ended")
+        return await self._bounded(what, lambda: self._open(what).run(work))
+
+    async def run_whole(self, what: str, work: Callable[[Executor], T]) -> T:
+        """Begins an optimistic one, runs a function, and commits."""
+
+        async def whole() -> T:
+            await self._take_turn()
+            self.begun = True
+            return await self._open(what).whole(work)
+
+        done = await self._bounded(what, whole)
+        self.begun = False
+        return done
+
+    async def _bounded(self, what: str, action: Callable[[], Awaitable[T]]) -> T:
+        self._open(what)
         try:
-            return await self._database.bounded(what, lambda: link.run(work))
+            return await self._database.bounded(what, action)
         except Exception as error:
             self._failure = error
             raise
+
+    def _open(self, what: str) -> Link:
+        if self._link is None:
+            raise Unavailable(f"{what}: the transaction has ended")
+        return self._link
 
     async def run_core(self, what: str, work: Callable[[Connection], T]) -> T:
         """Runs a function of SQLAlchemy's connection; for a transaction that is `core`."""
@@ -332,7 +378,10 @@ class OpenTransaction:
             return
         ended = False
         try:
-            if error is None and self._failure is None and not self._read_only:
+            if not self.begun:
+                # Each statement was a transaction of its own. Who gave no answer is not asked again.
+                ended = not isinstance(self._failure, Unavailable)
+            elif error is None and self._failure is None and not self._read_only:
                 await self._database.bounded(f"{self._what}: commit", link.commit)
                 ended = True
             elif not isinstance(error or self._failure, Unavailable):

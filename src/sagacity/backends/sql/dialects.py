@@ -436,9 +436,22 @@ def given_update(name: str, table: Table, match: Sequence[str], change: Sequence
     return postgresql_given(name, (*olds, *news))
 
 
-def update_from(given: Given, table: Table, match: Sequence[str], change: Sequence[str]) -> Update:
-    """PostgreSQL: the update by a relation of `given_update`."""
-    found = places(given, table, *(table.c[name] == given.c[f"old_{name}"] for name in match))
+def update_from(
+    given: Given,
+    table: Table,
+    match: Sequence[str],
+    change: Sequence[str],
+    *,
+    free: bool = False,
+) -> Update:
+    """PostgreSQL: the update by a relation of `given_update`.
+
+    A row must be locked before: another transaction's update would be written over, for PostgreSQL
+    looks again at the conditions of the update, which is its place only, and not at how the place was
+    found. `free` locks it here, and leaves out a row that another one holds.
+    """
+    old = (table.c[name] == given.c[f"old_{name}"] for name in match)
+    found = places(given, table, *old, free=free)
     return (
         update(table)
         .where(place_of(table) == found.c.at)

@@ -112,6 +112,11 @@ def lost_to_others(error: Exception) -> bool:
     return code is not None and (code & 0xFF) in _SQLITE_UNAVAILABLE
 
 
+def is_division_by_zero(error: BaseException) -> bool:
+    """True where PostgreSQL divided by zero, which one statement of ours does to end itself."""
+    return _sqlstate(error) == "22012"
+
+
 def _from_driver(driver: BaseException | None, what: str) -> StoreError:
     state = _sqlstate(driver)
     if state is not None:

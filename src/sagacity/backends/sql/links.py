@@ -11,9 +11,10 @@ import sqlite3
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import PoolProxiedConnection
+from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.util import greenlet_spawn
 
@@ -32,6 +33,8 @@ T = TypeVar("T")
 
 ASYNCPG, PSYCOPG, AIOSQLITE = "asyncpg", "psycopg", "aiosqlite"
 """Drivers that have links of their own, as SQLAlchemy calls them."""
+KEPT_MAX = 4
+"""Connections that are kept for batches, beside those of the pool."""
 OPENED_AT = "sagacity_opened_at"
 """In the `info` of a pooled connection: when it was opened, by this machine's steady clock."""
 
@@ -39,13 +42,27 @@ OPENED_AT = "sagacity_opened_at"
 class Link(ABC):
     """One transaction on one connection. Its methods raise whatever the driver raises."""
 
+    autonomous = True
+    """True where statements may come before `begin`, each a transaction of its own."""
+
+    @abstractmethod
+    async def take(self) -> None:
+        """Takes a connection."""
+
     @abstractmethod
     async def begin(self) -> None:
-        """Takes a connection and begins."""
+        """Begins. What is run on a connection before that is a transaction of its own."""
 
     @abstractmethod
     async def run(self, work: Callable[[Executor], T]) -> T:
-        """Calls a function with what runs statements in this transaction."""
+        """Calls a function with what runs statements."""
+
+    async def whole(self, work: Callable[[Executor], T]) -> T:
+        """Begins, runs and commits. After an error it is unknown whether that was rolled back."""
+        await self.begin()
+        done = await self.run(work)
+        await self.commit()
+        return done
 
     @abstractmethod
     async def commit(self) -> None:
@@ -57,11 +74,13 @@ class Link(ABC):
 
     @abstractmethod
     async def close(self, *, broken: bool) -> None:
-        """Gives the connection back to the pool; one that is `broken` is closed for good."""
+        """Gives the connection back; one that is `broken` is closed for good."""
 
 
 class CoreLink(Link):
     """By SQLAlchemy, for every driver."""
+
+    autonomous = False
 
     def __init__(self, engine: AsyncEngine, options: dict[str, Any]) -> None:
         """`options` are execution options of the connection."""
@@ -73,11 +92,14 @@ class CoreLink(Link):
         assert self._open is not None, "not begun"
         return self._open
 
-    async def begin(self) -> None:
+    async def take(self) -> None:
         """See `Link`."""
         self._open = await self._engine.connect().start()
         await self._open.execution_options(**self._options)
-        await self._open.begin()
+
+    async def begin(self) -> None:
+        """See `Link`."""
+        await self._connection.begin()
 
     async def run(self, work: Callable[[Executor], T]) -> T:
         """See `Link`."""
@@ -100,6 +122,13 @@ class CoreLink(Link):
             await connection.close()
 
 
+class Kept(NamedTuple):
+    """A connection that was taken out of the pool for good."""
+
+    dbapi: DBAPIConnection
+    opened_at: float
+
+
 class Direct:
     """What the direct links of one engine share."""
 
@@ -117,59 +146,136 @@ class Direct:
         self.watcher: Watcher | None = None
         self.doubtful_until = 0.0
         """Connections opened before this may be as dead as the one that broke then."""
+        self.kept: list[Kept] = []
+        """Connections for batches that none uses now, the last used at the end."""
+        self.pooled_by_others = False
+        """True where a pooler between us and PostgreSQL hands a session to many."""
 
     def told(self, text: str) -> None:
         """Tells the watcher of a statement without values."""
         if self.watcher is not None:
             self.watcher(text, (), False)
 
+    async def close(self) -> None:
+        """Closes what is kept."""
+        kept, self.kept = self.kept, []
+        for one in kept:
+            await self.end(one)
+
+    async def end(self, kept: Kept) -> None:
+        """Closes one for good, whatever state it is in."""
+        await greenlet_spawn(self.engine.sync_engine.dialect.do_terminate, kept.dbapi)
+
 
 class _DirectLink(Link):
-    """By the driver's own connection, which the pool still owns."""
+    """By the driver's own connection.
 
-    def __init__(self, direct: Direct) -> None:
+    With `keeps` it is taken out of the pool for good, and kept for the next batch.
+    """
+
+    def __init__(self, direct: Direct, *, keeps: bool) -> None:
         self._direct = direct
+        self._keeps = keeps
+        self._kept: Kept | None = None
         self._pooled: PoolProxiedConnection | None = None
         self._driver: Any = None
 
-    async def _take(self) -> None:
+    async def take(self) -> None:
         """Takes a connection that nobody has reason to doubt."""
         while True:
-            pooled = self._pooled = await self._direct.engine.raw_connection()
-            self._driver = pooled.driver_connection
-            if self._sound(pooled):
-                return
-            await self._throw_away()  # the pool opens another one in its place
+            if self._keeps and self._direct.kept:
+                self._kept = kept = self._direct.kept.pop()
+                self._driver = kept.dbapi.driver_connection
+                opened_at = kept.opened_at
+            else:
+                self._pooled = pooled = await self._direct.engine.raw_connection()
+                self._driver = pooled.driver_connection
+                opened_at = pooled.info.setdefault(OPENED_AT, time.monotonic())
+            if self._sound(opened_at):
+                break
+            await self._throw_away()  # there are others, and the pool opens another one
+        if self._keeps and self._kept is None:
+            await self._adopt(opened_at)
 
-    def _sound(self, pooled: PoolProxiedConnection) -> bool:
-        del pooled
+    async def _adopt(self, opened_at: float) -> None:
+        """Makes a connection of the pool one of ours."""
+        pooled, self._pooled = self._pooled, None
+        assert pooled is not None
+        assert pooled.dbapi_connection is not None
+        self._kept = Kept(pooled.dbapi_connection, opened_at)
+        pooled.detach()
+
+    def _sound(self, opened_at: float) -> bool:
+        del opened_at
         return True
 
     async def _throw_away(self) -> None:
-        pooled, self._pooled, self._driver = self._pooled, None, None
-        if pooled is not None:
+        kept, pooled = self._kept, self._pooled
+        self._kept = self._pooled = self._driver = None
+        if kept is not None:
+            await self._direct.end(kept)
+        elif pooled is not None:
             await greenlet_spawn(pooled.invalidate)
 
     async def close(self, *, broken: bool) -> None:
         """See `Link`."""
-        if broken:
-            if self._pooled is not None:
+        if broken or self._driver is None:
+            if self._driver is not None:
                 self._direct.doubtful_until = time.monotonic()
             await self._throw_away()
-        elif self._pooled is not None:
-            pooled, self._pooled, self._driver = self._pooled, None, None
+            return
+        kept, pooled = self._kept, self._pooled
+        self._kept = self._pooled = self._driver = None
+        if pooled is not None:
             await greenlet_spawn(pooled.close)
+        elif kept is not None and len(self._direct.kept) < KEPT_MAX:
+            self._direct.kept.append(kept)
+        elif kept is not None:
+            await self._direct.end(kept)
 
 
-class _PostgresqlLink(_DirectLink):
-    """By a driver that works in the event loop; its functions run in SQLAlchemy's greenlet."""
+class PostgresqlLink(_DirectLink):
+    """By asyncpg or psycopg, which work in the event loop; functions run in SQLAlchemy's greenlet."""
 
-    def _sound(self, pooled: PoolProxiedConnection) -> bool:
-        opened: float = pooled.info.setdefault(OPENED_AT, time.monotonic())
-        return opened >= self._direct.doubtful_until and not self._is_closed()
+    def __init__(self, direct: Direct, *, keeps_plans: bool) -> None:
+        """`keeps_plans`: statements are planned once, until `Executor.plan_anew`."""
+        super().__init__(direct, keeps=keeps_plans and not direct.pooled_by_others)
+        self._begin = "BEGIN"
+        if keeps_plans and not self._keeps:
+            self._set_each_time()
+
+    def _set_each_time(self) -> None:
+        self.autonomous = False
+        self._begin = f"BEGIN; {KEEP_PLANS}"
+
+    async def _adopt(self, opened_at: float) -> None:
+        # With the settings of a transaction for all of the session, if that is ours: a session of a
+        # pooler's serves others next.
+        (backend,) = await self._fetch("SELECT pg_backend_pid()")
+        if backend != self._backend():
+            self._direct.pooled_by_others, self._keeps = True, False
+            self._set_each_time()
+            return
+        await super()._adopt(opened_at)
+        await self._say(KEEP_PLANS.replace("SET LOCAL", "SET SESSION"))
+
+    def _sound(self, opened_at: float) -> bool:
+        return opened_at >= self._direct.doubtful_until and not self._is_closed()
 
     @abstractmethod
     def _is_closed(self) -> bool: ...
+
+    @abstractmethod
+    def _backend(self) -> int:
+        """The number of the server's process, as told when the connection was made."""
+
+    @abstractmethod
+    async def _say(self, text: str) -> str:
+        """Runs statements without values; returns what the server says to the last of them."""
+
+    @abstractmethod
+    async def _fetch(self, text: str) -> tuple[Any, ...]:
+        """The only row of a statement without values."""
 
     async def run(self, work: Callable[[Executor], T]) -> T:
         """See `Link`."""
@@ -178,59 +284,66 @@ class _PostgresqlLink(_DirectLink):
             work, direct.executor(self._driver, direct.compiled, direct.watcher)
         )
 
-
-class AsyncpgLink(_PostgresqlLink):
-    """By asyncpg's own connection."""
-
-    def __init__(self, direct: Direct, *, keeps_plans: bool) -> None:
-        """`keeps_plans`: statements are planned once, until `Executor.plan_anew`."""
-        super().__init__(direct)
-        self._begin = f"BEGIN; {KEEP_PLANS}" if keeps_plans else "BEGIN"
-
-    def _is_closed(self) -> bool:
-        return bool(self._driver.is_closed())
-
     async def begin(self) -> None:
         """See `Link`."""
-        await self._take()
-        await self._driver.execute(self._begin)
+        await self._say(self._begin)
 
     async def commit(self) -> None:
         """See `Link`."""
         self._direct.told("COMMIT")
-        if (done := await self._driver.execute("COMMIT")) != "COMMIT":
+        if (done := await self._say("COMMIT")) != "COMMIT":
             raise Unavailable(f"commit: expected the server to say COMMIT, got {done}")
 
     async def rollback(self) -> None:
         """See `Link`."""
-        await self._driver.execute("ROLLBACK")
+        await self._say("ROLLBACK")
 
 
-class PsycopgLink(_PostgresqlLink):
-    """By psycopg's own connection, which begins by itself."""
+class AsyncpgLink(PostgresqlLink):
+    """By asyncpg's own connection."""
 
-    def __init__(self, direct: Direct, *, keeps_plans: bool) -> None:
-        """`keeps_plans`: as for `AsyncpgLink`."""
-        super().__init__(direct)
-        self._keeps_plans = keeps_plans
+    def _is_closed(self) -> bool:
+        return bool(self._driver.is_closed())
+
+    def _backend(self) -> int:
+        return int(self._driver.get_server_pid())
+
+    async def _say(self, text: str) -> str:
+        return str(await self._driver.execute(text))
+
+    async def _fetch(self, text: str) -> tuple[Any, ...]:
+        return tuple(await self._driver.fetchrow(text))
+
+
+class PsycopgLink(PostgresqlLink):
+    """By psycopg's own connection."""
+
+    async def _say(self, text: str) -> str:
+        await self._by_itself()
+        cursor = await self._driver.execute(text)
+        while cursor.nextset():
+            pass
+        return str(cursor.statusmessage)
+
+    async def _fetch(self, text: str) -> tuple[Any, ...]:
+        await self._by_itself()
+        return tuple(await (await self._driver.execute(text)).fetchone())
+
+    async def _by_itself(self) -> None:
+        if not self._driver.autocommit:
+            await self._driver.set_autocommit(True)  # or it begins transactions of its own
 
     def _is_closed(self) -> bool:
         return bool(self._driver.closed)
 
-    async def begin(self) -> None:
-        """See `Link`."""
-        await self._take()
-        if self._keeps_plans:
-            await self._driver.execute(KEEP_PLANS)
+    def _backend(self) -> int:
+        return int(self._driver.info.backend_pid)
 
-    async def commit(self) -> None:
+    async def close(self, *, broken: bool) -> None:
         """See `Link`."""
-        self._direct.told("COMMIT")
-        await self._driver.commit()
-
-    async def rollback(self) -> None:
-        """See `Link`."""
-        await self._driver.rollback()
+        if self._pooled is not None and not broken:
+            await self._driver.set_autocommit(False)  # as SQLAlchemy left it
+        await super().close(broken=broken)
 
 
 class AiosqliteLink(_DirectLink):
@@ -239,13 +352,13 @@ class AiosqliteLink(_DirectLink):
     A whole function is handed to the thread in one go.
     """
 
-    def __init__(self, direct: Direct, *, read_only: bool) -> None:
-        super().__init__(direct)
+    def __init__(self, direct: Direct, *, read_only: bool, keeps: bool) -> None:
+        """`keeps`: its connection stays open for the next batch."""
+        super().__init__(direct, keeps=keeps)
         self._begin = "BEGIN" if read_only else "BEGIN IMMEDIATE"
 
     async def begin(self) -> None:
         """See `Link`."""
-        await self._take()
         await self.run(lambda _: self._script(self._begin))
 
     async def run(self, work: Callable[[Executor], T]) -> T:
@@ -254,6 +367,16 @@ class AiosqliteLink(_DirectLink):
         # Its public methods cost a trip to the thread and back for each statement.
         executor = direct.executor(driver._conn, direct.compiled, direct.watcher)  # noqa: SLF001
         done: T = await driver._execute(work, executor)  # noqa: SLF001
+        return done
+
+    async def whole(self, work: Callable[[Executor], T]) -> T:
+        """See `Link`; one trip to the thread."""
+        return await self.run(lambda on: self._whole(on, work))
+
+    def _whole(self, on: Executor, work: Callable[[Executor], T]) -> T:
+        self._script(self._begin)
+        done = work(on)
+        self._script("COMMIT")
         return done
 
     async def commit(self) -> None:

@@ -13,9 +13,12 @@ from typing import Any
 
 from sqlalchemy import (
     CTE,
+    BigInteger,
     ColumnElement,
     Update,
     bindparam,
+    case,
+    cast,
     func,
     literal_column,
     or_,
@@ -33,10 +36,12 @@ from sagacity.backends.sql.dialects import (
     Row,
     given_update,
     insert_from,
+    matches,
     place_of,
     places,
     update_from,
 )
+from sagacity.backends.sql.errors import is_division_by_zero
 from sagacity.backends.sql.executors import Executor
 from sagacity.backends.sql.rows import (
     INBOX_COLUMNS,
@@ -58,23 +63,52 @@ from sagacity.core.errors import Conflict
 from sagacity.core.plan import Plan
 from sagacity.ports import PendingRow
 
-SAGAS, MOVES, INBOX, OUTBOX, HISTORY = "sagas", "moves", "inbox", "outbox", "history"
+SAGAS, MOVES, SAME = "sagas", "moves", "same"
+INBOX, OUTBOX, HISTORY = "inbox", "outbox", "history"
 FORGOTTEN, LANES, WOKEN = "forgotten", "lanes", "woken"
 
 _COUNTED = {
     SAGAS: ("new instances", "another worker started them first"),
     MOVES: ("instances at the expected version", "another worker changed them"),
+    SAME: ("instances that nobody changed", "another worker changed them"),
     INBOX: ("unseen messages", "another worker handled them"),
 }
 _FRESH, _OLDER, _NUMBER = 0, 1, 2
 """What a row of the answer tells: a new outbox row, one that was pending, how many a part wrote."""
 
 
-def write_at_once(on: Executor, plan: Plan, published: Sequence[int]) -> list[PendingRow]:
+def writes_at_once(plan: Plan) -> bool:
+    """True for a plan all of which `write_at_once` writes."""
+    return not (has_more(plan) or plan.dead_letters)
+
+
+def write_at_once(
+    on: Executor,
+    plan: Plan,
+    published: Sequence[int],
+    unchanged: Sequence[Row] = (),
+    *,
+    locked: bool = True,
+    alone: bool = False,
+) -> list[PendingRow]:
     """Writes instances, inbox, outbox and history of a plan, and forgets what was published.
 
     Returns what to publish; see `sagacity.ports.Transaction.write`. Parked rows are woken here where
     the plan does nothing else, see `has_more`: otherwise its other statements come before that.
+
+    Args:
+        on: Where to write.
+        plan: What to write.
+        published: Numbers of pending rows to forget.
+        unchanged: Instances (type, key, version) that must be as they were read, though the plan leaves
+            them alone: what was decided rests on them.
+        locked: False where the instances were read without locks. Then somebody may change one right
+            now; it counts as changed.
+        alone: The statement is the whole transaction, and fails by itself where it would write fewer
+            rows than meant.
+
+    Raises:
+        Conflict: Another worker was faster.
     """
     messages = outbox.first_of_each(plan.outbox)
     new_lanes = {instance.uid for instance in plan.saga_inserts}
@@ -83,6 +117,7 @@ def write_at_once(on: Executor, plan: Plan, published: Sequence[int]) -> list[Pe
     rows: dict[str, Sequence[Row]] = {
         SAGAS: sorted(saga_row(instance) for instance in plan.saga_inserts),
         MOVES: sorted(saga_change(instance, before) for instance, before in plan.saga_updates),
+        SAME: unchanged,
         INBOX: sorted(inbox_row(row, plan.now) for row in plan.inbox),
         OUTBOX: [outbox_row(row, plan.now) for row in messages.values()],
         HISTORY: [transition_row(row) for row in plan.transitions],
@@ -93,13 +128,23 @@ def write_at_once(on: Executor, plan: Plan, published: Sequence[int]) -> list[Pe
     parts = tuple(name for name, values in rows.items() if values)
     if not parts:
         return []
-    statement, given = _statement(parts)
+    statement, given = _statement(parts, free=alone or not locked, alone=alone)
     arguments: dict[str, Any] = {"now": plan.now} if woken else {}
     for name in parts:
         arguments.update(given[name].arguments(rows[name]))
+        if alone and name in _COUNTED:
+            arguments[f"{name}_meant"] = len(rows[name])
     own: list[PendingRow] = []
     older: list[Any] = []
-    for row in on.read(statement, arguments):
+    try:
+        answer = on.read(statement, arguments)
+    except Exception as error:
+        if alone and is_division_by_zero(error):
+            raise Conflict(
+                "write: another worker changed or handled some of the batch first; run it again"
+            ) from None
+        raise
+    for row in answer:
         kind, number, name = row[0], row[1], row[2]
         if kind == _FRESH:
             sent = messages[name]
@@ -122,12 +167,14 @@ def all_written(written: int, rows: Sequence[Row], what: str, why: str) -> None:
 
 
 @cache
-def _statement(parts: tuple[str, ...]) -> tuple[Query, Mapping[str, Given]]:
+def _statement(
+    parts: tuple[str, ...], *, free: bool, alone: bool
+) -> tuple[Query, Mapping[str, Given]]:
     """The statement for the tables that a plan has rows for, and where their rows go."""
     given = {name: _given(name) for name in parts}
-    counted = {name: _written(name, given[name]) for name in parts if name in _COUNTED}
+    counted = {name: _written(name, given[name], free=free) for name in parts if name in _COUNTED}
     answers = [
-        _answer(_NUMBER, func.count(), f"CAST('{name}' AS BYTEA)").select_from(part)
+        _answer(_NUMBER, _count(name, alone=alone), f"CAST('{name}' AS BYTEA)").select_from(part)
         for name, part in counted.items()
     ]
     apart: list[CTE] = []
@@ -140,7 +187,9 @@ def _statement(parts: tuple[str, ...]) -> tuple[Query, Mapping[str, Given]]:
         kind: ColumnElement[int] = literal_column(str(_OLDER))
         answers.append(select(kind, *rows.c))
     apart.extend(
-        _written(name, given[name]) for name in (HISTORY, FORGOTTEN, WOKEN) if name in given
+        _written(name, given[name], free=free)
+        for name in (HISTORY, FORGOTTEN, WOKEN)
+        if name in given
     )
     whole: Any = union_all(*(answers or [_answer(_FRESH, "0", "CAST('' AS BYTEA)").where(_NEVER)]))
     return whole.add_cte(*apart), given
@@ -167,11 +216,21 @@ def _answer(kind: int, number: Any, name: Any) -> Any:
     return select(*made)
 
 
+def _count(part: str, *, alone: bool) -> ColumnElement[int]:
+    """How many rows a part wrote; `alone`, as many as meant, or the statement fails."""
+    if not alone:
+        return func.count()
+    meant = cast(bindparam(f"{part}_meant"), BigInteger)
+    # By zero, which the planner does not see coming. Nothing else in the statement divides.
+    return meant.op("/")(case((func.count() == meant, ONE), else_=literal_column("0")))
+
+
 def _given(part: str) -> Given:
     if part == MOVES:
         return given_update(part, saga, SAGA_MATCH, SAGA_CHANGE)
     columns = {
         SAGAS: [saga.c[name] for name in SAGA_COLUMNS],
+        SAME: [saga.c[name] for name in SAGA_MATCH],
         INBOX: [inbox.c[name] for name in INBOX_COLUMNS],
         OUTBOX: [outbox_table.c[name] for name in OUTBOX_COLUMNS],
         HISTORY: [transition.c[name] for name in TRANSITION_COLUMNS],
@@ -182,14 +241,18 @@ def _given(part: str) -> Given:
     return POSTGRESQL.given(*columns[part], name=part)
 
 
-def _written(part: str, given: Given) -> CTE:
+def _written(part: str, given: Given, *, free: bool) -> CTE:
     """The statement of one table."""
     statement: Any
     match part:
         case "sagas":
             statement = insert_from(given, saga, SAGA_COLUMNS).on_conflict_do_nothing()
         case "moves":
-            statement = update_from(given, saga, SAGA_MATCH, SAGA_CHANGE)
+            statement = update_from(given, saga, SAGA_MATCH, SAGA_CHANGE, free=free)
+        case "same":
+            same = [saga.c[name] for name in SAGA_MATCH]
+            found = places(given, saga, *matches(given, same), free=True)
+            return select(ONE.label("one")).select_from(found).cte(f"write_{part}")
         case "inbox":
             statement = insert_from(given, inbox, INBOX_COLUMNS).on_conflict_do_nothing()
         case "history":

@@ -13,7 +13,7 @@ from functools import cache
 from sqlalchemy import Update, select
 
 from sagacity.backends.sql import outbox
-from sagacity.backends.sql.dialects import POSTGRESQL, Dialect, Given, Query
+from sagacity.backends.sql.dialects import POSTGRESQL, Dialect, Given, Query, Row
 from sagacity.backends.sql.executors import Executor
 from sagacity.backends.sql.merged import (
     all_written,
@@ -61,10 +61,20 @@ from sagacity.core.plan import (
 from sagacity.ports import PendingRow
 
 
-def write_plan(on: Executor, plan: Plan, published: Sequence[int]) -> list[PendingRow]:
-    """Writes a plan in the order of its lists; see `sagacity.ports.Transaction.write`."""
+def write_plan(
+    on: Executor,
+    plan: Plan,
+    published: Sequence[int],
+    unchanged: Sequence[Row] = (),
+    *,
+    locked: bool = True,
+) -> list[PendingRow]:
+    """Writes a plan in the order of its lists; see `sagacity.ports.Transaction.write`.
+
+    For `unchanged` and `locked` see `write_at_once`.
+    """
     if on.dialect is POSTGRESQL:
-        pending = write_at_once(on, plan, published)
+        pending = write_at_once(on, plan, published, unchanged, locked=locked)
         if has_more(plan):
             on.plan_anew()
             _write_correlations(on, plan)
@@ -73,6 +83,7 @@ def write_plan(on: Executor, plan: Plan, published: Sequence[int]) -> list[Pendi
         write_records(on, plan.dead_letters)
         return pending
     _write_sagas(on, plan)
+    _check_unchanged(on, unchanged)
     _write_inbox(on, plan)
     _write_correlations(on, plan)
     own = outbox.append_rows(on, plan.outbox, plan.now)
@@ -91,6 +102,15 @@ def _write_sagas(on: Executor, plan: Plan) -> None:
     rows = sorted(saga_change(instance, before) for instance, before in plan.saga_updates)
     written = dialect.update(on, saga, SAGA_MATCH, SAGA_CHANGE, rows)
     all_written(written, rows, "instances at the expected version", "another worker changed them")
+
+
+def _check_unchanged(on: Executor, unchanged: Sequence[Row]) -> None:
+    if unchanged:
+        statement, given = on.dialect.present(*(saga.c[name] for name in SAGA_MATCH))
+        there = len(on.read(statement, given.arguments(unchanged)))
+        all_written(
+            there, unchanged, "instances that nobody changed", "another worker changed them"
+        )
 
 
 def _write_inbox(on: Executor, plan: Plan) -> None:

@@ -96,9 +96,11 @@ class SqlStore:
 
     # ------------------------------------------------------------------------------------- batches
 
-    def transaction(self) -> TransactionContext:
+    def transaction(self, *, optimistic: bool = False) -> TransactionContext:
         """The transaction of a batch; see `Store.transaction`."""
-        return TransactionContext(OpenTransaction(self._database, "batch", keeps_plans=True))
+        return TransactionContext(
+            OpenTransaction(self._database, "batch", keeps_plans=True, optimistic=optimistic)
+        )
 
     async def due(self, saga_types: Collection[str], limit: int) -> Due:
         """Timeouts and parked messages that are due; at most `limit` of each, oldest first."""

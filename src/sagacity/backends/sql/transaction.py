@@ -1,53 +1,40 @@
-"""The one transaction of a batch: load under locks, read the guards, write the plan."""
+"""The one transaction of a batch: read the instances and the guards, write the plan."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 
-from sqlalchemy import case, exists, literal_column, null, select, true
+from sqlalchemy import select, true
 
 from sagacity.backends.sql.database import OpenTransaction
-from sagacity.backends.sql.dialects import (
-    POSTGRESQL,
-    RELEASE,
-    ROLL_BACK,
-    SAVEPOINT,
-    SQLITE,
-    Dialect,
-    Given,
-    Query,
-    each,
-    lock_timeout,
-    matches,
-)
-from sagacity.backends.sql.errors import translated
+from sagacity.backends.sql.dialects import POSTGRESQL, Dialect, Given, Query, each, matches
 from sagacity.backends.sql.executors import Executor
+from sagacity.backends.sql.merged import write_at_once, writes_at_once
 from sagacity.backends.sql.plan_writer import write_plan
-from sagacity.backends.sql.rows import instance_of
-from sagacity.backends.sql.tables import (
-    correlation,
-    correlation_past,
-    inbox,
-    parked,
-    saga,
-    timeout,
-)
-from sagacity.core.errors import Conflict
+from sagacity.backends.sql.reading import encoded, read_instances
+from sagacity.backends.sql.tables import correlation, correlation_past, parked, timeout
 from sagacity.core.plan import Known, Loaded, Plan
 from sagacity.ports import Lookup, PendingRow
 
-WAIT_MS = 3_000
-"""How long `load` with `wait` waits for instances that others hold."""
+OPTIMISTIC_ROWS_MAX = 64
+"""PostgreSQL: a batch that looks for more instances and inbox rows than this locks what it reads."""
 
 Pairs = Collection[tuple[str, str]]
 
 
 class SqlTransaction:
-    """`sagacity.ports.Transaction` on an open connection."""
+    """`sagacity.ports.Transaction` on an open connection.
+
+    An optimistic one begins no transaction before it writes, and locks nothing before that: reading and
+    writing are one trip each instead of five. That is for batches so small that trips are what they
+    cost; a larger one on PostgreSQL takes the locks, for then losing a race costs more.
+    """
 
     def __init__(self, opened: OpenTransaction) -> None:
         self._opened = opened
+        self._read: dict[tuple[str, str], int] = {}
+        """Instances that were read without a lock, and their versions."""
 
     @property
     def now(self) -> int:
@@ -61,13 +48,9 @@ class SqlTransaction:
         return await self._opened.run("correlation look-up", lambda c: _correlated(c, lookups))
 
     async def load(self, wanted: Mapping[str, Collection[str]], *, wait: bool = False) -> Loaded:
-        """Locks and loads the instances that are free; see `Transaction`."""
-        pairs = sorted(
-            (saga_type, key.encode()) for saga_type, keys in wanted.items() for key in set(keys)
-        )
-        if not pairs:
-            return Loaded(instances={}, busy=set())
-        return await self._opened.run("load", lambda c: _load(c, pairs, wait=wait))
+        """Loads the instances that are free; see `Transaction`."""
+        loaded, _ = await self.read(wanted, (), wait=wait)
+        return loaded
 
     async def known(
         self,
@@ -76,15 +59,66 @@ class SqlTransaction:
         parked: Pairs = (),
     ) -> Known:
         """What guards against a second effect; see `Transaction`."""
-        return await self._opened.run("inbox look-up", lambda c: _known(c, inbox, timeouts, parked))
+        _, known = await self.read({}, inbox, timeouts, parked)
+        return known
+
+    async def read(
+        self,
+        wanted: Mapping[str, Collection[str]],
+        inbox: Pairs,
+        timeouts: Collection[tuple[str, str, int]] = (),
+        parked: Pairs = (),
+        *,
+        wait: bool = False,
+    ) -> tuple[Loaded, Known]:
+        """Both at once; see `Transaction`."""
+        opened = self._opened
+        keys = sorted({(kind, key.encode()) for kind, some in wanted.items() for key in some})
+        if not opened.begun and (wait or self._worth_locking(len(keys) + len(inbox))):
+            await opened.begin()
+        lock = opened.begun
+
+        def look(on: Executor) -> tuple[Loaded, Known]:
+            loaded, seen = read_instances(on, keys, inbox, lock=lock, wait=wait)
+            # After the instances are locked, for they say which of these are over.
+            known = Known(
+                seen=seen, timeouts=_armed_of(on, timeouts), parked=_parked_of(on, parked)
+            )
+            return loaded, known
+
+        loaded, known = await opened.run("read", look)
+        if not lock:
+            self._read.update((key, one.version) for key, one in loaded.instances.items())
+        return loaded, known
 
     async def write(self, plan: Plan, published: Sequence[int] = ()) -> list[PendingRow]:
-        """Writes the plan; see `Transaction`.
+        """Writes the plan; see `Transaction.write`.
 
         A message of the plan whose id is in the outbox already is left out: it is the same message,
         and it has left or will leave.
         """
-        return await self._opened.run("write", lambda c: write_plan(c, plan, published))
+        opened = self._opened
+        if opened.begun and not self._read:
+            return await opened.run("write", lambda c: write_plan(c, plan, published))
+        changed = {(one.type, one.key) for one, _ in plan.saga_updates}
+        unchanged = [
+            (kind, key.encode(), version)
+            for (kind, key), version in sorted(self._read.items())
+            if (kind, key) not in changed
+        ]
+        if opened.begun:
+            work = lambda c: write_plan(c, plan, published, unchanged, locked=False)  # noqa: E731
+            return await opened.run("write", work)
+        if opened.dialect is POSTGRESQL and writes_at_once(plan):
+            return await opened.run(
+                "write", lambda c: write_at_once(c, plan, published, unchanged, alone=True)
+            )
+        return await opened.run_whole(
+            "write", lambda c: write_plan(c, plan, published, unchanged, locked=False)
+        )
+
+    def _worth_locking(self, rows: int) -> bool:
+        return self._opened.dialect is POSTGRESQL and rows > OPTIMISTIC_ROWS_MAX
 
 
 # --------------------------------------------------------------------------------------- look-ups
@@ -125,37 +159,23 @@ def _past_statement(dialect: Dialect) -> tuple[Query, Given]:
     )
 
 
-def _known(
-    on: Executor,
-    inbox_keys: Pairs,
-    timeout_keys: Collection[tuple[str, str, int]],
-    parked_keys: Pairs,
-) -> Known:
-    dialect = on.dialect
-    known = Known(seen=set(), timeouts=set(), parked=set())
-    if inbox_keys:
-        statement, given = _seen(dialect)
-        rows = on.read(statement, given.arguments(_encoded(inbox_keys)))
-        known.seen = {(row.consumer.decode(), row.message_id.decode()) for row in rows}
-    if timeout_keys:
-        statement, given = _armed(dialect)
-        asked = [(uid.encode(), name.encode(), number) for uid, name, number in timeout_keys]
-        rows = on.read(statement, given.arguments(asked))
-        known.timeouts = {(row.uid.decode(), row.name.decode(), row.generation) for row in rows}
-    if parked_keys:
-        statement, given = _still_parked(dialect)
-        rows = on.read(statement, given.arguments(_encoded(parked_keys)))
-        known.parked = {(row.consumer.decode(), row.message_id.decode()) for row in rows}
-    return known
+def _armed_of(
+    on: Executor, timeouts: Collection[tuple[str, str, int]]
+) -> set[tuple[str, str, int]]:
+    if not timeouts:
+        return set()
+    statement, given = _armed(on.dialect)
+    asked = [(uid.encode(), name.encode(), number) for uid, name, number in timeouts]
+    rows = on.read(statement, given.arguments(asked))
+    return {(row.uid.decode(), row.name.decode(), row.generation) for row in rows}
 
 
-def _encoded(pairs: Pairs) -> list[tuple[bytes, bytes]]:
-    return [(first.encode(), second.encode()) for first, second in pairs]
-
-
-@cache
-def _seen(dialect: Dialect) -> tuple[Query, Given]:
-    return dialect.present(inbox.c.consumer, inbox.c.message_id)
+def _parked_of(on: Executor, keys: Pairs) -> set[tuple[str, str]]:
+    if not keys:
+        return set()
+    statement, given = _still_parked(on.dialect)
+    rows = on.read(statement, given.arguments(encoded(keys)))
+    return {(row.consumer.decode(), row.message_id.decode()) for row in rows}
 
 
 @cache
@@ -166,79 +186,3 @@ def _armed(dialect: Dialect) -> tuple[Query, Given]:
 @cache
 def _still_parked(dialect: Dialect) -> tuple[Query, Given]:
     return dialect.present(parked.c.consumer, parked.c.message_id)
-
-
-# ------------------------------------------------------------------------------------------- locks
-
-
-def _load(on: Executor, pairs: list[tuple[str, bytes]], *, wait: bool) -> Loaded:
-    loaded = Loaded(instances={}, busy=set())
-    if on.dialect is POSTGRESQL:
-        if wait:
-            _wait_for_locks(on, pairs)
-        statement, given = _postgresql_load()
-    else:
-        statement, given = _sqlite_load()
-    for is_held, *row in on.read(statement, given.arguments(pairs)):
-        if is_held:
-            loaded.busy.add((row[0], row[1].decode()))
-        elif is_held is None:
-            instance = instance_of(row)
-            loaded.instances[instance.type, instance.key] = instance
-    return loaded
-
-
-def _wait_for_locks(on: Executor, pairs: list[tuple[str, bytes]]) -> None:
-    """Waits in key order for each instance and locks it; when that takes too long, for none.
-
-    Rare: for one instance that was busy several times. Nothing else needs savepoints.
-    """
-    statement, given = _waiting_load()
-    on.write(SAVEPOINT)
-    try:
-        on.write(lock_timeout(WAIT_MS))
-        on.read(statement, given.arguments(pairs))
-    except Exception as error:
-        if not isinstance(translated(error, "load"), Conflict):
-            raise
-        on.write(ROLL_BACK)
-        return
-    on.write(RELEASE)
-
-
-_KEY = (saga.c.saga_type, saga.c.saga_key)
-
-
-@cache
-def _sqlite_load() -> tuple[Query, Given]:
-    given = SQLITE.given(*_KEY)
-    # Whoever may write holds the whole file, so nothing is ever held by others.
-    return select(null().label("is_held"), *saga.c).where(given.holds(*_KEY)), given
-
-
-@cache
-def _waiting_load() -> tuple[Query, Given]:
-    given = POSTGRESQL.given(*_KEY)
-    return _locked_by_key(given, wait=True), given
-
-
-@cache
-def _postgresql_load() -> tuple[Query, Given]:
-    """The instances that are free, and for the other keys whether somebody holds one.
-
-    Not locked means held or absent; only a look without a lock tells which.
-    """
-    given = POSTGRESQL.given(*_KEY)
-    return _locked_by_key(given, wait=False), given
-
-
-def _locked_by_key(given: Given, *, wait: bool) -> Query:
-    """Locks in the order of the given keys, which everybody sorts."""
-    of_key = select(*saga.c).where(*matches(given, _KEY)).correlate(given.clause)
-    locked = each("locked", POSTGRESQL.locked(of_key, saga, wait=wait, weak=True))
-    there = exists(of_key.with_only_columns(literal_column("1")).offset(literal_column("0")))
-    is_held = case((locked.c.uid.is_(None), there)).label("is_held")
-    rest = list(locked.c)[len(_KEY) :]
-    return select(is_held, *given.columns, *rest).select_from(
-        given.clause.outerjoin(locked, true())
-    )

@@ -8,6 +8,14 @@ import pytest
 pytest.register_assert_rewrite(
     *(
         f"{__name__}.{module}"
-        for module in ("bus", "marks", "operators", "outboxes", "tasks", "transactions")
+        for module in (
+            "bus",
+            "marks",
+            "operators",
+            "optimistic",
+            "outboxes",
+            "tasks",
+            "transactions",
+        )
     )
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from sagacity.testing.conformance.marks import MarkSuite
 from sagacity.testing.conformance.operators import OperatorSuite
+from sagacity.testing.conformance.optimistic import OptimisticSuite
 from sagacity.testing.conformance.outboxes import OutboxSuite
 from sagacity.testing.conformance.stores import FullStore, StoreDatabase, Workers, workers
 from sagacity.testing.conformance.tasks import TaskSuite
@@ -21,5 +22,7 @@ from sagacity.testing.conformance.transactions import TransactionSuite
 __all__ = ["FullStore", "StoreConformance", "StoreDatabase", "Workers", "workers"]
 
 
-class StoreConformance(TransactionSuite, OutboxSuite, TaskSuite, OperatorSuite, MarkSuite):
+class StoreConformance(
+    TransactionSuite, OptimisticSuite, OutboxSuite, TaskSuite, OperatorSuite, MarkSuite
+):
     """All promises of `Store`, `OutboxStore`, `TaskStore`, `RetentionStore`, `Inspector`, `MarkStore`."""
