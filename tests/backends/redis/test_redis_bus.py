@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 from redis.asyncio import Redis
 
-from sagacity.backends.redis import RedisBus
+from sagacity.backends.redis import RedisBus, connection
 from sagacity.testing.conformance.bus import BusConformance
 
 pytestmark = pytest.mark.asyncio
@@ -37,3 +37,12 @@ class TestRedisBus(BusConformance):
     @pytest.fixture(params=[2, 3], ids=["resp2", "resp3"])
     def server(self, redis_url: str, request: pytest.FixtureRequest) -> Server:
         return Server(redis_url, request.param)
+
+
+class TestRedisBusWithoutHiredis(BusConformance):
+    """All of it goes through redis-py's clients then."""
+
+    @pytest.fixture
+    def server(self, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Server:
+        monkeypatch.setattr(connection, "HIREDIS_AVAILABLE", False)
+        return Server(redis_url, 2)

@@ -212,6 +212,33 @@ async def test_half_open_connection_is_noticed(redis_url: str) -> None:
         assert "orders-1" in ids(found) or "orders-0" in ids(found)
 
 
+async def test_reader_that_is_late_does_not_read_again_what_is_reclaimed_meanwhile(
+    redis_url: str,
+) -> None:
+    async with (
+        TcpProxy(redis_url.removeprefix("unix://")) as proxy,
+        RedisBus(f"redis://127.0.0.1:{proxy.port}") as bus,
+        RedisBus(redis_url) as direct,
+    ):
+        dead = await direct.join("g", "dead", ["orders"])
+        heir = await bus.join("g", "heir", ["orders"])
+        await direct.publish(messages(3))
+        await read_all(dead, 3)
+        proxy.freeze()
+        assert await heir.read(10, 1) == []  # it is still connecting
+        found: list[Delivery] = []
+        async with anyio.create_task_group() as tasks:
+
+            async def reclaim() -> None:
+                found.extend(await reclaim_all(heir, 3))
+
+            tasks.start_soon(reclaim)
+            await anyio.wait_all_tasks_blocked()
+            proxy.thaw()
+        assert [d.attempt for d in found] == [2, 2, 2]
+        assert await heir.read(10, 50) == []
+
+
 # --- streams and groups go away ------------------------------------------------------------------
 
 

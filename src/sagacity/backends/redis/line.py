@@ -43,7 +43,7 @@ class Line(asyncio.BufferedProtocol):
     """
 
     def __init__(self, connection: Any) -> None:
-        self.loop = asyncio.get_running_loop()
+        self._loop = asyncio.get_running_loop()
         self._connection = connection  # its stream would close the transport when it goes
         self._transport = cast("asyncio.Transport", connection._writer.transport)  # noqa: SLF001
         self._silence_s: float | None = connection.socket_timeout
@@ -64,7 +64,7 @@ class Line(asyncio.BufferedProtocol):
         self._room: asyncio.Future[None] | None = None
         """There while the transport holds more than it should."""
         self._end: tuple[type[failures.RedisError], str] | None = None
-        self._gone = self.loop.create_future()
+        self._gone = self._loop.create_future()
         self._transport.set_protocol(self)
 
     # --- commands -------------------------------------------------------------------------------
@@ -86,19 +86,19 @@ class Line(asyncio.BufferedProtocol):
 
     def send(self, *command: Any) -> asyncio.Future[Any]:
         """Puts a command in flight; see `Channel.send`."""
-        reply: asyncio.Future[Any] = self.loop.create_future()
+        reply: asyncio.Future[Any] = self._loop.create_future()
         if self._end is not None:
             kind, text = self._end
             reply.set_exception(kind(text))
             return reply
         packed = _pack(command)
         if not self._unsent:
-            self.loop.call_soon(self._send_all)
+            self._loop.call_soon(self._send_all)
         self._unsent.append(packed)
         if not self._due:
-            self._heard_at = self.loop.time()
+            self._heard_at = self._loop.time()
             if self._timer is None and self._silence_s is not None:
-                self._timer = self.loop.call_later(self._silence_s, self._look)
+                self._timer = self._loop.call_later(self._silence_s, self._look)
         self._due.append(reply)
         return reply
 
@@ -108,8 +108,6 @@ class Line(asyncio.BufferedProtocol):
 
     async def close(self) -> None:
         """Ends the connection, and fails what is in flight."""
-        if self.loop is not asyncio.get_running_loop():
-            return  # that one has ended, or lives in the process before a fork
         self._break(failures.ConnectionError, "connection was closed here")
         await asyncio.wait({self._gone}, timeout=_CLOSE_S)
         self._transport.abort()
@@ -125,11 +123,11 @@ class Line(asyncio.BufferedProtocol):
         if not self._due or self._silence_s is None:
             return
         at = self._heard_at + self._silence_s
-        if at <= self.loop.time():
+        if at <= self._loop.time():
             self._break(failures.TimeoutError, f"no answer within {self._silence_s:g} s")
             self._transport.abort()
         else:
-            self._timer = self.loop.call_at(at, self._look)
+            self._timer = self._loop.call_at(at, self._look)
 
     def _break(self, kind: type[failures.RedisError], text: str) -> None:
         if self._end is not None:
@@ -152,7 +150,7 @@ class Line(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Hands each reply that is complete to its command."""
-        self._heard_at = self.loop.time()
+        self._heard_at = self._loop.time()
         try:
             self._reader.feed(self._received, 0, nbytes)
             while self._end is None and (reply := self._reader.gets()) is not _MORE:
@@ -176,11 +174,11 @@ class Line(asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         """The transport holds enough."""
-        self._room = self.loop.create_future()
+        self._room = self._loop.create_future()
 
     def resume_writing(self) -> None:
         """The transport has got rid of it."""
-        self._heard_at = self.loop.time()
+        self._heard_at = self._loop.time()
         room, self._room = self._room, None
         if room is not None and not room.done():
             room.set_result(None)
@@ -228,7 +226,7 @@ class SharedLine:
         senders of one moment bring. A caller that is cancelled leaves its command in flight.
         """
         line = self._line
-        if line is None or line.broken or line.loop is not asyncio.get_running_loop():
+        if line is None or line.broken:
             line = await self._open()
         while line.full:
             await line.room()
@@ -237,11 +235,7 @@ class SharedLine:
     async def _open(self) -> Line:
         """One attempt for all who wait; it is not cancelled with one of them."""
         opening = self._opening
-        if (
-            opening is None
-            or opening.done()
-            or opening.get_loop() is not asyncio.get_running_loop()
-        ):
+        if opening is None or opening.done():
             opening = self._opening = asyncio.create_task(
                 self._open_once(), name="redis line", context=contextvars.Context()
             )

@@ -82,6 +82,11 @@ class Reader:
         self._flight: asyncio.Future[Any] | None = None
         self._task: asyncio.Task[list[Delivery]] | None = None
         """The flight where it is more than a single command."""
+        self.caught_up = asyncio.Event()
+        """Unset while what is in flight reads this consumer's pending entries again.
+
+        What is reclaimed meanwhile would be among them, and come twice."""
+        self.caught_up.set()
         self._backlog: dict[str, str] = {}
         """Topic -> last own pending entry that was read again; empty once all of them were."""
         self._missing: Exception | None = None
@@ -101,11 +106,6 @@ class Reader:
         """What is in flight; done once there is something to collect. Not to be cancelled."""
         return self._flight
 
-    @property
-    def catching_up(self) -> bool:
-        """True while what is in flight reads this consumer's pending entries again."""
-        return self._task is not None and not self._task.done()
-
     def start(
         self, limit: int, block_ms: int, ended: Callable[[object], None]
     ) -> asyncio.Future[Any]:
@@ -118,6 +118,7 @@ class Reader:
         if self._channel is not None and not self._backlog and self._missing is None:
             self._flight = self._channel.send(*self._fresh(count, block_ms))
         else:
+            self.caught_up.clear()
             # An empty context: the task outlives its caller, whose trace is not the parent of its work.
             self._flight = self._task = asyncio.create_task(
                 self._catch_up(count, block_ms),
@@ -161,6 +162,7 @@ class Reader:
                 except BusError as error:
                     _log.debug("Last read failed", extra={"error": str(error)})
             self._flight = self._task = None
+        self.caught_up.set()
         await self._close_channels()
         return rest
 
@@ -200,16 +202,19 @@ class Reader:
 
     async def _catch_up(self, count: int, block_ms: int) -> list[Delivery]:
         """What stands between this reader and fresh entries, and then those."""
-        if self._missing is not None:
-            with self._connector.errors("make the consumer group again"):
-                await self._rebuild(self._missing)
-        channel = self._channel
-        if channel is None:
-            channel = await self._connected()
-        while self._backlog:
-            found = await self._read_backlog(channel, count)
-            if found:
-                return found
+        try:
+            if self._missing is not None:
+                with self._connector.errors("make the consumer group again"):
+                    await self._rebuild(self._missing)
+            channel = self._channel
+            if channel is None:
+                channel = await self._connected()
+            while self._backlog:
+                found = await self._read_backlog(channel, count)
+                if found:
+                    return found
+        finally:
+            self.caught_up.set()
         return self._taken(await channel.send(*self._fresh(count, block_ms)))
 
     async def _connected(self) -> Channel:

@@ -132,6 +132,8 @@ class RedisSubscription:
 
         A sweep keeps its place between calls and ends when all streams were seen to their ends.
         """
+        for reader in self._readers:
+            await reader.caught_up.wait()
         self._check_open()
         taken: list[Delivery] = []
         with self._connector.errors("reclaim"):
