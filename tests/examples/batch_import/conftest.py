@@ -19,6 +19,7 @@ import pytest
 
 from examples.batch_import.contexts import SERVICES
 from examples.batch_import.program import Program, sqlite_stores
+from tests.examples.batch_import.evidence import ObservedProgram
 from tests.servers.postgres import PostgresServer
 from tests.servers.redis import RedisServer
 
@@ -60,9 +61,9 @@ def program(
     redis_server: RedisServer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Program]:
-    """The running program; see the module's docstring."""
+    """The running program; see the module's docstring. It tells what it did when it does not rest."""
     module = request.module
-    with Program(
+    with ObservedProgram(
         tmp_path_factory.mktemp("program"),
         stores=service_stores,
         bus=redis_server.url,
