@@ -136,7 +136,7 @@ async def test_cancelled_waiters_leave_the_order_as_it_is(redis_url: str) -> Non
 
 async def test_commands_of_one_moment_leave_together_and_in_order(redis_url: str) -> None:
     async with line_to(redis_url) as line:
-        replies = [line.send("RPUSH", "list", number) for number in range(1000)]
+        replies = [line.send_along("RPUSH", "list", number) for number in range(1000)]
         assert await outcomes(*replies) == list(range(1, 1001))
         assert await line.send("LRANGE", "list", 0, -1) == [b"%d" % n for n in range(1000)]
 
@@ -172,7 +172,7 @@ async def test_pushes_are_nobodys_replies(redis_url: str, command: Command) -> N
 async def test_unsolicited_reply_breaks_the_line(redis_url: str) -> None:
     async with line_to(redis_url) as line:
         # Two commands in the place of one: the second reply belongs to nobody.
-        reply = line.send("ECHO", "one")
+        reply = line.send_along("ECHO", "one")
         line._unsent.append(b"*2\r\n$4\r\nECHO\r\n$3\r\ntwo\r\n")
         assert await reply == b"one"
         await until(lambda: line.broken)
@@ -356,6 +356,19 @@ async def test_closing_fails_what_is_in_flight_and_can_be_done_twice(redis_url: 
         await line.aclose()
         with pytest.raises(failures.ConnectionError, match="closed here"):
             await blocked
+
+
+async def test_closing_while_it_connects_is_told_to_those_who_wait(redis_url: str) -> None:
+    async with (
+        TcpProxy(redis_url.removeprefix("unix://")) as proxy,
+        shared_line_to(f"redis://127.0.0.1:{proxy.port}") as line,
+    ):
+        proxy.freeze()
+        task = asyncio.create_task(line.execute_command("ECHO", 1))
+        await until(lambda: proxy.accepted == 1)
+        await line.aclose()
+        with pytest.raises(failures.ConnectionError, match="closed here"):
+            await task
 
 
 # --- connections of every kind -----------------------------------------------------------------------

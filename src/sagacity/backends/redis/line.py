@@ -22,6 +22,8 @@ BUFFER_BYTES = 64 * 1024
 _CLOSE_S = 1.0
 """Longest time that an end may take which says good-bye."""
 
+_CLOSED_HERE = "connection was closed here"
+
 _MORE = object()
 """Says that the rest of a reply is still to come."""
 _PUSH: type[list[Any]] | tuple[()] = getattr(hiredis, "PushNotification", ())
@@ -86,15 +88,23 @@ class Line(asyncio.BufferedProtocol):
 
     def send(self, *command: Any) -> asyncio.Future[Any]:
         """Puts a command in flight; see `Channel.send`."""
+        reply = self._add(command)
+        self._send_all()
+        return reply
+
+    def send_along(self, *command: Any) -> asyncio.Future[Any]:
+        """As `send`, a moment later: in one piece with what others send meanwhile."""
+        if not self._unsent:
+            self._loop.call_soon(self._send_all)
+        return self._add(command)
+
+    def _add(self, command: tuple[Any, ...]) -> asyncio.Future[Any]:
         reply: asyncio.Future[Any] = self._loop.create_future()
         if self._end is not None:
             kind, text = self._end
             reply.set_exception(kind(text))
             return reply
-        packed = _pack(command)
-        if not self._unsent:
-            self._loop.call_soon(self._send_all)
-        self._unsent.append(packed)
+        self._unsent.append(_pack(command))
         if not self._due:
             self._heard_at = self._loop.time()
             if self._timer is None and self._silence_s is not None:
@@ -108,13 +118,13 @@ class Line(asyncio.BufferedProtocol):
 
     async def close(self) -> None:
         """Ends the connection, and fails what is in flight."""
-        self._break(failures.ConnectionError, "connection was closed here")
+        self._break(failures.ConnectionError, _CLOSED_HERE)
         await asyncio.wait({self._gone}, timeout=_CLOSE_S)
         self._transport.abort()
 
     def _send_all(self) -> None:
         unsent, self._unsent = self._unsent, []
-        if self._end is None:
+        if unsent and self._end is None:
             self._transport.write(unsent[0] if len(unsent) == 1 else b"".join(unsent))
 
     def _look(self) -> None:
@@ -201,7 +211,7 @@ async def open_line(connection: Any) -> Line:
         # What came beside the answers to the log-in would be taken for answers to what comes next.
         dirty = getattr(connection, "can_read", None) or connection.can_read_destructive
         if await dirty():
-            raise failures.ConnectionError("more answers than questions at log-in")  # noqa: TRY301
+            raise failures.ConnectionError("closed, or not in step, after log-in")  # noqa: TRY301
         return Line(connection)
     except BaseException:
         await connection.disconnect(nowait=True)
@@ -230,7 +240,7 @@ class SharedLine:
             line = await self._open()
         while line.full:
             await line.room()
-        return await line.send(*command)
+        return await line.send_along(*command)
 
     async def _open(self) -> Line:
         """One attempt for all who wait; it is not cancelled with one of them."""
@@ -241,6 +251,8 @@ class SharedLine:
             )
             opening.add_done_callback(_take_note)
         await asyncio.wait({opening})
+        if opening.cancelled():
+            raise failures.ConnectionError(_CLOSED_HERE)
         return opening.result()
 
     async def _open_once(self) -> Line:
