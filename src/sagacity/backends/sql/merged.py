@@ -1,8 +1,8 @@
 """What every batch writes, as one statement of PostgreSQL: one trip instead of one for each table.
 
 Its parts are data-modifying CTEs. All see the database as it was before the statement; no two parts
-write the same row, and none reads what another one wrote, except through what that returns. The parts
-that are counted run in the order they are counted in.
+write the same row, and none reads what another one wrote, except through what that returns. They run
+in the same order whichever of them there are: first those that are counted, then the others.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ INBOX, OUTBOX, HISTORY = "inbox", "outbox", "history"
 FORGOTTEN, LANES, WOKEN = "forgotten", "lanes", "woken"
 
 _COUNTED = {
-    SAGAS: ("new instances", "another worker started them first"),
     MOVES: ("instances at the expected version", "another worker changed them"),
     SAME: ("instances that nobody changed", "another worker changed them"),
-    INBOX: ("unseen messages", "another worker handled them"),
 }
+"""What must be as many as meant. A new instance or message that is not new is an error of its own."""
+_APART = (SAGAS, INBOX, HISTORY, FORGOTTEN, WOKEN)
 _FRESH, _OLDER, _NUMBER = 0, 1, 2
 """What a row of the answer tells: a new outbox row, one that was pending, how many a part wrote."""
 
@@ -186,11 +186,7 @@ def _statement(
         rows = outbox.rows_of_lanes(given[LANES], given.get(FORGOTTEN)).subquery("older")
         kind: ColumnElement[int] = literal_column(str(_OLDER))
         answers.append(select(kind, *rows.c))
-    apart.extend(
-        _written(name, given[name], free=free)
-        for name in (HISTORY, FORGOTTEN, WOKEN)
-        if name in given
-    )
+    apart.extend(_written(name, given[name], free=free) for name in _APART if name in given)
     whole: Any = union_all(*(answers or [_answer(_FRESH, "0", "CAST('' AS BYTEA)").where(_NEVER)]))
     return whole.add_cte(*apart), given
 
@@ -246,7 +242,7 @@ def _written(part: str, given: Given, *, free: bool) -> CTE:
     statement: Any
     match part:
         case "sagas":
-            statement = insert_from(given, saga, SAGA_COLUMNS).on_conflict_do_nothing()
+            statement = insert_from(given, saga, SAGA_COLUMNS)
         case "moves":
             statement = update_from(given, saga, SAGA_MATCH, SAGA_CHANGE, free=free)
         case "same":
@@ -254,7 +250,7 @@ def _written(part: str, given: Given, *, free: bool) -> CTE:
             found = places(given, saga, *matches(given, same), free=True)
             return select(ONE.label("one")).select_from(found).cte(f"write_{part}")
         case "inbox":
-            statement = insert_from(given, inbox, INBOX_COLUMNS).on_conflict_do_nothing()
+            statement = insert_from(given, inbox, INBOX_COLUMNS)
         case "history":
             statement = insert_from(given, transition, TRANSITION_COLUMNS)
         case "forgotten":
