@@ -53,9 +53,17 @@ async def test_the_statements_of_a_commit_are_fresh(postgres_url: str) -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_batch_of_four_takes_as_many_statements(postgres_url: str) -> None:
+async def test_a_batch_of_any_size_takes_as_many_statements(postgres_url: str) -> None:
     """What the page says: the number of statements does not depend on the number of messages."""
     source = group_commit.PAGE.read_text(encoding="utf-8")
+    many = await group_commit.statements(postgres_url, 2000)
+    assert f"{len(many) - 1} statements and a COMMIT" in source
+    assert len(many) == len(re.findall(r"^-- \d+", source, re.MULTILINE))
+
+
+@pytest.mark.asyncio
+async def test_a_small_batch_is_two_statements_and_no_more(postgres_url: str) -> None:
     few = await group_commit.statements(postgres_url, 4)
-    assert f"{len(few) - 1} statements and a COMMIT" in source
-    assert len(few) == len(re.findall(r"^-- \d+", source, re.MULTILINE))
+    assert len(few) == 2
+    assert not any(one.sql.startswith(("BEGIN", "COMMIT")) for one in few)
+    assert "two trips" in group_commit.PAGE.read_text(encoding="utf-8")

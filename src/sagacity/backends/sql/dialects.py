@@ -385,7 +385,9 @@ def postgresql_given(given_name: str, columns: tuple[tuple[str, TypeEngine[Any]]
 
 def _numbers(name: str, type_: TypeEngine[Any]) -> ColumnElement[Any]:
     """An array of numbers from one text: asyncpg takes longer to look at each than to send them all."""
-    listed = func.string_to_array(bindparam(name, type_=Text()), ",", str(None))
+    comma: ColumnElement[str] = literal_column("','")
+    null: ColumnElement[str] = literal_column("'None'")
+    listed = func.string_to_array(bindparam(name, type_=Text()), comma, null)
     return cast(listed, ARRAY(type_))
 
 
