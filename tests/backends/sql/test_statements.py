@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from sagacity.backends.sql import SqlStore
+from sagacity.backends.sql.database import OpenTransaction
 from sagacity.backends.sql.tables import metadata
+from sagacity.backends.sql.tables import parked as parked_table
 from sagacity.core.plan import Plan
 from sagacity.testing.clock import VirtualClock
 from sagacity.testing.conformance.stores import inbox, instance, outbox, parked, timeout
@@ -127,6 +130,55 @@ async def test_plans_that_are_kept_stay_right_when_tables_grow(postgres_url: str
     finally:
         await store.close()
         await other.dispose()
+
+
+@pytest.mark.requirement("R35")
+async def test_forgetting_costs_the_same_whatever_the_statistics(postgres_url: str) -> None:
+    """PostgreSQL mostly looks while nothing is pending: then it expects one row ever after."""
+    store = SqlStore(postgres_url, clock=VirtualClock())
+    try:
+        await store.prepare(create=True)
+        earlier = await store.append([outbox(f"a{n}", f"lane{n}") for n in range(600)])
+        await store.published([row.seq for row in earlier])
+        await _analyze(store.engine)
+        rows = await store.append([outbox(f"b{n}", f"lane{n}") for n in range(600)])
+        with logged(store) as statements:
+            await store.published([0])
+        [forget] = [one for one in statements if one.sql.startswith("DELETE")]
+        numbers = ",".join(str(row.seq) for row in rows[:500])
+        page = replace(forget, parameters=(numbers, *forget.parameters[1:]))
+        pages = await _pages(store.engine, page)
+        assert pages < 10 * 500, f"{pages} pages for {page.sql}"
+    finally:
+        await store.close()
+
+
+@pytest.mark.requirement("R35")
+async def test_an_update_costs_the_same_whatever_the_statistics(postgres_url: str) -> None:
+    store = SqlStore(postgres_url, clock=VirtualClock())
+    try:
+        await store.prepare(create=True)
+        async with store.transaction() as transaction:
+            await transaction.write(Plan(now=1, parked=[parked(f"a{n}") for n in range(600)]))
+        async with store.transaction() as transaction:
+            gone = [("Order", f"a{n}") for n in range(600)]
+            await transaction.write(Plan(now=1, unparked=gone))
+        await _analyze(store.engine)
+        async with store.transaction() as transaction:
+            await transaction.write(Plan(now=1, parked=[parked(f"b{n}") for n in range(600)]))
+        rows = [(b"Order", f"b{n}".encode(), 5) for n in range(500)]
+        key = ("consumer", "message_id")
+        async with OpenTransaction(store._database, "test") as opened:
+            with logged(store) as statements:
+                written = await opened.run(
+                    "test",
+                    lambda on: on.dialect.update(on, parked_table, key, ("due_at",), rows),
+                )
+        assert written == 500
+        pages = await _pages(store.engine, statements[0])
+        assert pages < 20 * 500, f"{pages} pages for {statements[0].sql}"
+    finally:
+        await store.close()
 
 
 async def _settled_counters(engine: AsyncEngine, least: int) -> Any:

@@ -428,7 +428,7 @@ def _postgresql_update(
     table: Table, match: tuple[str, ...], change: tuple[str, ...]
 ) -> tuple[Update, Given]:
     given = given_update("given", table, match, change)
-    return update_from(given, table, match, change), given
+    return update_from(given, table, match, change, once=True), given
 
 
 def given_update(name: str, table: Table, match: Sequence[str], change: Sequence[str]) -> Given:
@@ -445,15 +445,20 @@ def update_from(
     change: Sequence[str],
     *,
     free: bool = False,
+    once: bool = False,
 ) -> Update:
     """PostgreSQL: the update by a relation of `given_update`.
 
     A row must be locked before: another transaction's update would be written over, for PostgreSQL
     looks again at the conditions of the update, which is its place only, and not at how the place was
-    found. `free` locks it here, and leaves out a row that another one holds.
+    found. `free` locks it here, and leaves out a row that another one holds. `once` is for a statement
+    that is planned each time: statistics of a table that is mostly empty make PostgreSQL expect one row,
+    and look up all places anew for each row there is.
     """
     old = (table.c[name] == given.c[f"old_{name}"] for name in match)
-    found = places(given, table, *old, free=free)
+    found: Any = places(given, table, *old, free=free)
+    if once:
+        found = select(found).cte("at_once").prefix_with("MATERIALIZED")
     return (
         update(table)
         .where(place_of(table) == found.c.at)
