@@ -12,6 +12,7 @@ A stop drains: nothing new is read, what runs is finished, committed and acknowl
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import random
@@ -22,8 +23,8 @@ from contextlib import AsyncExitStack
 from typing import TypeVar
 
 import anyio
+import anyio.lowlevel
 import msgspec
-from anyio.abc import TaskGroup
 
 from sagacity.core.decide import Sender
 from sagacity.core.delivery import Delivery
@@ -128,6 +129,9 @@ class Worker:
         self._scope = anyio.CancelScope()
         self._subscription: Subscription | None = None
         self._intake = Intake()
+        self._intake_ended = False
+        self._free: list[asyncio.Future[Taken | None]] = []
+        """Who waits for a batch to run."""
         self._changed = anyio.Event()
         """A batch ended, or something is due."""
         self._reading = False
@@ -259,10 +263,15 @@ class Worker:
         """Reads while batches run, as many at a time as may; returns when all are done."""
         subscription = self._subscription
         assert subscription is not None
-        async with anyio.create_task_group() as batches:
+        async with anyio.create_task_group() as runners:
+            for _ in range(self.settings.batches_max):
+                runners.start_soon(self._run_batches)
+            await anyio.lowlevel.checkpoint()
             while not self._stopping.is_set() or len(self._intake):
                 self._changed = anyio.Event()
-                self._start_batches(batches)
+                if self._start_batches():
+                    # They first: their way to the database is longer than ours to the bus.
+                    await anyio.lowlevel.checkpoint()
                 room = self._room()
                 pause_s = self._read_again_at - time.monotonic()
                 if room > 0 and pause_s <= 0 and not self._stopping.is_set():
@@ -270,14 +279,40 @@ class Worker:
                     continue
                 with anyio.move_on_after(pause_s if room > 0 and pause_s > 0 else None):
                     await self._changed.wait()
+            self._intake_ended = True
+            while runner := self._free_runner():
+                runner.set_result(None)
 
-    def _start_batches(self, batches: TaskGroup) -> None:
-        self._progress_at = time.monotonic()
-        while self._intake.running < self.settings.batches_max:
-            batch = self._intake.take(self.settings.batch_max)
+    async def _run_batches(self) -> None:
+        """Runs one batch after the other as they are handed out."""
+        loop = asyncio.get_running_loop()
+        while not self._intake_ended:
+            runner: asyncio.Future[Taken | None] = loop.create_future()
+            self._free.append(runner)
+            batch = await runner
             if batch is None:
                 return
-            batches.start_soon(self._run, batch)
+            await self._run(batch)
+
+    def _start_batches(self) -> bool:
+        """Hands batches to whoever is free to run one; False where there is none, or nobody."""
+        self._progress_at = time.monotonic()
+        started = False
+        while runner := self._free_runner():
+            batch = self._intake.take(self.settings.batch_max)
+            if batch is None:
+                self._free.append(runner)
+                break
+            runner.set_result(batch)
+            started = True
+        return started
+
+    def _free_runner(self) -> asyncio.Future[Taken | None] | None:
+        while self._free:
+            runner = self._free.pop()
+            if not runner.done():  # or it was cancelled, and does not know it yet
+                return runner
+        return None
 
     def _room(self) -> int:
         """How many more entries may be held beside the batches that run."""

@@ -300,6 +300,11 @@ class OpenTransaction:
 
     async def __aenter__(self) -> Self:
         """Connects and begins."""
+        clock, link = self._database.clock, self._link
+        stale = isinstance(clock, DatabaseClock) and clock.stale
+        if self._optimistic and link is not None and link.take_kept() and not stale:
+            self.now = clock.now()
+            return self  # nobody had to be asked anything
         try:
             await self._database.bounded(f"{self._what}: begin", self._enter)
         except BaseException:
@@ -311,7 +316,8 @@ class OpenTransaction:
         assert self._link is not None
         if not self._optimistic:
             await self._take_turn()
-        await self._link.take()
+        if not self._link.taken:
+            await self._link.take()
         if not self._optimistic or not self._link.autonomous:
             await self._begin()
         clock = self._database.clock
@@ -401,7 +407,7 @@ class OpenTransaction:
     async def _give_back(self, *, broken: bool) -> None:
         link, self._link = self._link, None
         try:
-            if link is not None:
+            if link is not None and (broken or not link.keep()):
                 with anyio.move_on_after(self._database.deadline_s, shield=True):
                     await link.close(broken=broken)
         finally:

@@ -45,6 +45,19 @@ class Link(ABC):
     autonomous = True
     """True where statements may come before `begin`, each a transaction of its own."""
 
+    @property
+    def taken(self) -> bool:
+        """True once it has a connection."""
+        return False
+
+    def take_kept(self) -> bool:
+        """Takes a connection that an earlier link has kept, if there is one."""
+        return False
+
+    def keep(self) -> bool:
+        """Keeps the connection for a later link, if it may; then there is nothing to close."""
+        return False
+
     @abstractmethod
     async def take(self) -> None:
         """Takes a connection."""
@@ -180,6 +193,31 @@ class _DirectLink(Link):
         self._pooled: PoolProxiedConnection | None = None
         self._driver: Any = None
 
+    @property
+    def taken(self) -> bool:
+        """See `Link`."""
+        return self._driver is not None
+
+    def take_kept(self) -> bool:
+        """See `Link`."""
+        if not self._keeps or not self._direct.kept:
+            return False
+        self._kept = kept = self._direct.kept.pop()
+        self._driver = kept.dbapi.driver_connection
+        if self._sound(kept.opened_at):
+            return True
+        self._direct.kept.insert(0, kept)  # whoever has time closes it
+        self._kept = self._driver = None
+        return False
+
+    def keep(self) -> bool:
+        """See `Link`."""
+        if self._kept is None or len(self._direct.kept) >= KEPT_MAX:
+            return False
+        self._direct.kept.append(self._kept)
+        self._kept = self._driver = None
+        return True
+
     async def take(self) -> None:
         """Takes a connection that nobody has reason to doubt."""
         while True:
@@ -228,8 +266,6 @@ class _DirectLink(Link):
         self._kept = self._pooled = self._driver = None
         if pooled is not None:
             await greenlet_spawn(pooled.close)
-        elif kept is not None and len(self._direct.kept) < KEPT_MAX:
-            self._direct.kept.append(kept)
         elif kept is not None:
             await self._direct.end(kept)
 
