@@ -262,9 +262,9 @@ class SharedLine:
     async def aclose(self) -> None:
         """Ends the connection. Safe to call twice."""
         opening = self._opening
-        if opening is not None and not opening.done():
-            opening.cancel()
-            await asyncio.wait({opening})
+        while opening is not None and not opening.done():
+            opening.cancel()  # once may not do: before Python 3.12 `asyncio.wait_for` can lose it
+            await asyncio.wait({opening}, timeout=_CLOSE_S)
         if self._line is not None:
             await self._line.close()
 
