@@ -58,8 +58,6 @@ class Line(asyncio.BufferedProtocol):
         )
         self._due: deque[asyncio.Future[Any]] = deque()
         """Futures of the commands without reply, oldest first."""
-        self._unsent: list[bytes] = []
-        """Commands of this round of the loop: they leave together."""
         self._heard_at = 0.0
         """When something came, or the first command that is due was sent."""
         self._timer: asyncio.TimerHandle | None = None
@@ -87,29 +85,23 @@ class Line(asyncio.BufferedProtocol):
             await asyncio.wait({self._room})
 
     def send(self, *command: Any) -> asyncio.Future[Any]:
-        """Puts a command in flight; see `Channel.send`."""
-        reply = self._add(command)
-        self._send_all()
-        return reply
+        """Puts a command in flight; see `Channel.send`.
 
-    def send_along(self, *command: Any) -> asyncio.Future[Any]:
-        """As `send`, a moment later: in one piece with what others send meanwhile."""
-        if not self._unsent:
-            self._loop.call_soon(self._send_all)
-        return self._add(command)
-
-    def _add(self, command: tuple[Any, ...]) -> asyncio.Future[Any]:
+        At once: to wait for others that would share a system call costs more than the call, for the
+        server begins later and whoever waits for it falls asleep.
+        """
         reply: asyncio.Future[Any] = self._loop.create_future()
         if self._end is not None:
             kind, text = self._end
             reply.set_exception(kind(text))
             return reply
-        self._unsent.append(_pack(command))
+        packed = _pack(command)
         if not self._due:
             self._heard_at = self._loop.time()
             if self._timer is None and self._silence_s is not None:
                 self._timer = self._loop.call_later(self._silence_s, self._look)
         self._due.append(reply)
+        self._transport.write(packed)
         return reply
 
     async def number(self) -> int:
@@ -121,11 +113,6 @@ class Line(asyncio.BufferedProtocol):
         self._break(failures.ConnectionError, _CLOSED_HERE)
         await asyncio.wait({self._gone}, timeout=_CLOSE_S)
         self._transport.abort()
-
-    def _send_all(self) -> None:
-        unsent, self._unsent = self._unsent, []
-        if unsent and self._end is None:
-            self._transport.write(unsent[0] if len(unsent) == 1 else b"".join(unsent))
 
     def _look(self) -> None:
         """Is the server silent? One timer for all commands, and none for most of them."""
@@ -240,7 +227,7 @@ class SharedLine:
             line = await self._open()
         while line.full:
             await line.room()
-        return await line.send_along(*command)
+        return await line.send(*command)
 
     async def _open(self) -> Line:
         """One attempt for all who wait; it is not cancelled with one of them."""
