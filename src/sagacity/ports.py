@@ -156,7 +156,11 @@ class Transaction(Protocol):
         timeouts: Collection[tuple[str, str, int]] = (),
         parked: Collection[tuple[str, str]] = (),
     ) -> Known:
-        """Reads, under the locks of `load`, what guards against a second effect."""
+        """Reads, under the locks of `load`, what guards against a second effect.
+
+        An optimistic transaction may have no locks; then `write` raises Conflict where a timeout that is
+        told here as armed, and that the plan cancels, has gone.
+        """
         ...
 
     async def read(

@@ -19,7 +19,13 @@ import msgspec
 from sagacity.backends.memory import inspection, marks, tasks
 from sagacity.backends.memory.clock import SystemClock
 from sagacity.backends.memory.tables import Key, Rows, Tables
-from sagacity.backends.memory.writing import check_plan, check_unchanged, write_plan
+from sagacity.backends.memory.writing import (
+    check_armed,
+    check_plan,
+    check_unchanged,
+    is_armed,
+    write_plan,
+)
 from sagacity.core.errors import ConfigurationError, Conflict, StoreError
 from sagacity.core.instance import Instance
 from sagacity.core.plan import (
@@ -308,6 +314,8 @@ class MemoryTransaction:
         self._optimistic = optimistic
         self._read: dict[Key, int] = {}
         """Versions of the instances that were loaded without a lock."""
+        self._armed: set[tuple[str, str, int]] = set()
+        """Timeouts (uid, name, generation) that were read by an optimistic one."""
         self._now = shared.clock.now()
         self._plan: Plan | None = None
         self._own: list[PendingRow] = []
@@ -372,14 +380,12 @@ class MemoryTransaction:
         """What guards against a second effect; see `Transaction`."""
         await anyio.lowlevel.checkpoint()
         tables = self._shared.tables
+        armed = {row for row in timeouts if is_armed(tables, row)}
+        if self._optimistic:
+            self._armed |= armed
         return Known(
             seen={key for key in inbox if key in tables.inbox},
-            timeouts={
-                (uid, name, generation)
-                for uid, name, generation in timeouts
-                if (row := tables.timeouts.get((uid, name))) is not None
-                and row.generation == generation
-            },
+            timeouts=armed,
             parked={key for key in parked if key in tables.parked},
         )
 
@@ -407,6 +413,7 @@ class MemoryTransaction:
             others = {key for key in (*changed, *self._read) if self._held(key)}
             check_plan(tables, plan, others)
             check_unchanged(tables, self._read, others)
+            check_armed(tables, plan, self._armed)
         except Exception as error:
             self._shared.writer.release()
             self._failure = error

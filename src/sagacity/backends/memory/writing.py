@@ -135,6 +135,23 @@ def check_unchanged(
             )
 
 
+def is_armed(tables: Tables, timeout: tuple[str, str, int]) -> bool:
+    """True while a timeout (uid, name, generation) is armed."""
+    row = tables.timeouts.get(timeout[:2])
+    return row is not None and row.generation == timeout[2]
+
+
+def check_armed(tables: Tables, plan: Plan, armed: Collection[tuple[str, str, int]]) -> None:
+    """Raises Conflict where a timeout that was read without a lock, and is cancelled, has gone."""
+    cancelled = set(plan.timeouts_cancelled)
+    for timeout in armed:
+        if timeout[:2] in cancelled and not is_armed(tables, timeout):
+            raise Conflict(
+                f"write: expected the timeout {timeout[1]!r} of {timeout[0]} to be armed, got none; "
+                "another worker took it over; run the batch again"
+            )
+
+
 def _check_inbox(tables: Tables, plan: Plan) -> None:
     rows = [(row.consumer, row.message_id) for row in plan.inbox]
     if len(set(rows)) < len(rows) or not tables.inbox.keys().isdisjoint(rows):

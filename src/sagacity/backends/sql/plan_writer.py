@@ -66,19 +66,21 @@ def write_plan(
     plan: Plan,
     published: Sequence[int],
     unchanged: Sequence[Row] = (),
+    armed: Collection[tuple[str, str, int]] = (),
     *,
     locked: bool = True,
 ) -> list[PendingRow]:
     """Writes a plan in the order of its lists; see `sagacity.ports.Transaction.write`.
 
-    For `unchanged` and `locked` see `write_at_once`.
+    For `unchanged` and `locked` see `write_at_once`. `armed` are timeouts (uid, name, generation) that
+    were read without locks: those that the plan cancels must still be there.
     """
     if on.dialect is POSTGRESQL:
         pending = write_at_once(on, plan, published, unchanged, locked=locked)
         if has_more(plan):
             on.plan_anew()
             _write_correlations(on, plan)
-            _write_timeouts(on, plan)
+            _write_timeouts(on, plan, armed)
             _write_parked(on, plan)
         write_records(on, plan.dead_letters)
         return pending
@@ -87,7 +89,7 @@ def write_plan(
     _write_inbox(on, plan)
     _write_correlations(on, plan)
     own = outbox.append_rows(on, plan.outbox, plan.now)
-    _write_timeouts(on, plan)
+    _write_timeouts(on, plan, armed)
     _write_parked(on, plan)
     write_records(on, plan.dead_letters, plan.transitions)
     outbox.forget(on, published)
@@ -166,13 +168,24 @@ def _owners(dialect: Dialect) -> tuple[Query, Given]:
 # ------------------------------------------------------------------------------ timeouts and parked
 
 
-def _write_timeouts(on: Executor, plan: Plan) -> None:
+def _write_timeouts(on: Executor, plan: Plan, armed: Collection[tuple[str, str, int]] = ()) -> None:
     dialect = on.dialect
-    keys = sorted({(uid.encode(), name.encode()) for uid, name in plan.timeouts_cancelled})
+    cancelled = {(uid.encode(), name.encode()) for uid, name in plan.timeouts_cancelled}
+    # The row is all that guards a timeout which changes no instance, such as one whose handler failed.
+    taken = {(uid.encode(), name.encode(), number) for uid, name, number in armed}
+    rows = sorted(row for row in taken if row[:2] in cancelled)
+    written = dialect.delete(on, timeout, ("uid", "name", "generation"), rows)
+    all_written(written, rows, "armed timeouts", "another worker took them over")
+    keys = sorted(cancelled - {row[:2] for row in rows})
     dialect.delete(on, timeout, ("uid", "name"), keys)
     last = {(row.uid, row.name): row for row in plan.timeouts}
-    rows = sorted(timeout_row(row) for row in last.values())
-    dialect.insert(on, timeout, TIMEOUT_COLUMNS, rows, replace=True)
+    dialect.insert(
+        on,
+        timeout,
+        TIMEOUT_COLUMNS,
+        sorted(timeout_row(row) for row in last.values()),
+        replace=True,
+    )
 
 
 def _write_parked(on: Executor, plan: Plan) -> None:

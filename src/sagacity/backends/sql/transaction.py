@@ -35,6 +35,8 @@ class SqlTransaction:
         self._opened = opened
         self._read: dict[tuple[str, str], int] = {}
         """Instances that were read without a lock, and their versions."""
+        self._armed: set[tuple[str, str, int]] = set()
+        """Timeouts (uid, name, generation) that were read so."""
 
     @property
     def now(self) -> int:
@@ -89,6 +91,7 @@ class SqlTransaction:
         loaded, known = await opened.run("read", look)
         if not lock:
             self._read.update((key, one.version) for key, one in loaded.instances.items())
+            self._armed |= known.timeouts
         return loaded, known
 
     async def write(self, plan: Plan, published: Sequence[int] = ()) -> list[PendingRow]:
@@ -98,7 +101,7 @@ class SqlTransaction:
         and it has left or will leave.
         """
         opened = self._opened
-        if opened.begun and not self._read:
+        if opened.begun and not self._read and not self._armed:
             return await opened.run("write", lambda c: write_plan(c, plan, published))
         changed = {(one.type, one.key) for one, _ in plan.saga_updates}
         unchanged = [
@@ -106,16 +109,15 @@ class SqlTransaction:
             for (kind, key), version in sorted(self._read.items())
             if (kind, key) not in changed
         ]
-        if opened.begun:
-            work = lambda c: write_plan(c, plan, published, unchanged, locked=False)  # noqa: E731
-            return await opened.run("write", work)
-        if opened.dialect is POSTGRESQL and writes_at_once(plan):
+        if not opened.begun and opened.dialect is POSTGRESQL and writes_at_once(plan):
             return await opened.run(
                 "write", lambda c: write_at_once(c, plan, published, unchanged, alone=True)
             )
-        return await opened.run_whole(
-            "write", lambda c: write_plan(c, plan, published, unchanged, locked=False)
-        )
+
+        def work(on: Executor) -> list[PendingRow]:
+            return write_plan(on, plan, published, unchanged, self._armed, locked=False)
+
+        return await (opened.run if opened.begun else opened.run_whole)("write", work)
 
     def _worth_locking(self, rows: int) -> bool:
         return self._opened.dialect is POSTGRESQL and rows > OPTIMISTIC_ROWS_MAX

@@ -206,6 +206,51 @@ class OptimisticSuite:
             assert found == {"o1": instance()}
             assert len(await w.second.history("Order", "o1")) == (faster == "all")
 
+    async def test_a_timeout_that_another_one_took_over_is_a_conflict(
+        self, database: StoreDatabase
+    ) -> None:
+        """Also where it changed no instance: a timeout that was ignored, or whose handler failed for good."""
+        due, row = ("uid-of-o1", "late", 1), ("uid-of-o1", "late")
+        failed: dict[str, Any] = {
+            "timeouts_cancelled": [row],
+            "dead_letters": [dead_letter("t1")],
+        }
+        async with workers(database) as w:
+            await w.write(saga_inserts=[instance()], timeouts=[timeout()])
+            with pytest.raises(Conflict):  # noqa: PT012 - it is raised inside the transaction
+                async with w.first.transaction(optimistic=True) as transaction:
+                    _, known = await transaction.read({"Order": ["o1"]}, [], [due])
+                    assert known.timeouts == {due}
+                    async with w.second.transaction() as other:
+                        await other.write(Plan(now=w.now, **failed))
+                    await transaction.write(Plan(now=w.now, **failed))
+            assert (await w.first.counts())["dead_letters"] == 1
+            async with w.first.transaction(optimistic=True) as transaction:
+                _, known = await transaction.read({"Order": ["o1"]}, [], [due])
+                assert known.timeouts == set()
+                # One that is not there is no error, unless it was there when it was read.
+                await transaction.write(Plan(now=w.now, **failed))
+
+    async def test_a_timeout_that_is_still_armed_is_taken_over(
+        self, database: StoreDatabase
+    ) -> None:
+        due = ("uid-of-o1", "late", 1)
+        async with workers(database) as w:
+            await w.write(saga_inserts=[instance()], timeouts=[timeout(), timeout("other")])
+            async with w.first.transaction(optimistic=True) as transaction:
+                await transaction.read(
+                    {"Order": ["o1"]}, [], [due, ("uid-of-o1", "other", 1), ("uid-of-o1", "x", 1)]
+                )
+                plan = Plan(
+                    now=w.now,
+                    saga_updates=[(instance(version=2), 1)],
+                    timeouts_cancelled=[("uid-of-o1", "late"), ("uid-of-o1", "never set")],
+                    timeouts=[timeout(generation=2)],
+                )
+                await transaction.write(plan)
+            again = [due, ("uid-of-o1", "late", 2), ("uid-of-o1", "other", 1)]
+            assert (await w.known(timeouts=again)).timeouts == set(again[1:])
+
     async def test_a_taken_key_is_told_as_ever(self, database: StoreDatabase) -> None:
         async with workers(database) as w:
             await w.write(correlations=[correlation("ann", "o9", unique=True)])
