@@ -332,8 +332,8 @@ class OpenTransaction:
     async def _begin(self) -> None:
         assert self._link is not None
         await self._take_turn()
+        self.begun = True  # or about to be: who is cut off meanwhile must roll back
         await self._link.begin()
-        self.begun = True
 
     async def begin(self) -> None:
         """Begins an optimistic one after all."""

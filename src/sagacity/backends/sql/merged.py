@@ -2,7 +2,7 @@
 
 Its parts are data-modifying CTEs. All see the database as it was before the statement; no two parts
 write the same row, and none reads what another one wrote, except through what that returns. They run
-in the same order whichever of them there are: first those that are counted, then the others.
+in the same order whichever of them there are: first those that are counted or answer, then the others.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ _COUNTED = {
     SAME: ("instances that nobody changed", "another worker changed them"),
 }
 """What must be as many as meant. A new instance or message that is not new is an error of its own."""
-_APART = (SAGAS, INBOX, HISTORY, FORGOTTEN, WOKEN)
+_APART = (WOKEN, FORGOTTEN, HISTORY, INBOX, SAGAS)
+"""Nobody reads from these. PostgreSQL runs such parts from the last to the first: rows are woken when
+all that may wait for another worker is written, as where a plan takes several statements."""
 _FRESH, _OLDER, _NUMBER = 0, 1, 2
 """What a row of the answer tells: a new outbox row, one that was pending, how many a part wrote."""
 
