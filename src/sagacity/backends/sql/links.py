@@ -7,13 +7,16 @@ engine's pool, with its settings, and goes back there or is thrown away.
 
 from __future__ import annotations
 
+import logging
+import os
 import sqlite3
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import PoolProxiedConnection
+from sqlalchemy import PoolProxiedConnection, QueuePool, event
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.util import greenlet_spawn
@@ -28,6 +31,8 @@ from sagacity.backends.sql.executors import (
     Watcher,
 )
 from sagacity.core.errors import Unavailable
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -140,6 +145,9 @@ class Kept(NamedTuple):
 
     dbapi: DBAPIConnection
     opened_at: float
+    era: int
+    """`Direct.era` at that time."""
+    process: int
 
 
 class Direct:
@@ -161,6 +169,15 @@ class Direct:
         """Connections opened before this may be as dead as the one that broke then."""
         self.kept: list[Kept] = []
         """Connections for batches that none uses now, the last used at the end."""
+        self.era = 0
+        """Goes up when all connections are to be closed; those in use then are not kept any more."""
+        pool = engine.pool
+        self.keeps = isinstance(pool, QueuePool)
+        """False for a pool that keeps none itself, or has one for all: whoever chose it means that."""
+        recycle_s: float = getattr(pool, "_recycle", -1)
+        self.age_max_s = recycle_s if recycle_s >= 0 else float("inf")
+        """Older connections are not kept, as the pool would not."""
+        _let_go_with(engine, self)
         self.pooled_by_others = False
         """True where a pooler between us and PostgreSQL hands a session to many."""
 
@@ -169,15 +186,44 @@ class Direct:
         if self.watcher is not None:
             self.watcher(text, (), False)
 
+    def may_keep(self, kept: Kept) -> bool:
+        """True while a connection is good for one more batch."""
+        return kept.era == self.era and time.monotonic() - kept.opened_at <= self.age_max_s
+
     async def close(self) -> None:
         """Closes what is kept."""
-        kept, self.kept = self.kept, []
-        for one in kept:
-            await self.end(one)
+        await greenlet_spawn(self.let_go)
 
     async def end(self, kept: Kept) -> None:
         """Closes one for good, whatever state it is in."""
-        await greenlet_spawn(self.engine.sync_engine.dialect.do_terminate, kept.dbapi)
+        await greenlet_spawn(self._terminate, kept)
+
+    def let_go(self) -> None:
+        """Closes what is kept, and has what is in use closed when it is given back."""
+        self.era += 1
+        kept, self.kept = self.kept, []
+        for one in kept:
+            self._terminate(one)
+
+    def _terminate(self, kept: Kept) -> None:
+        if kept.process != os.getpid():
+            return  # it is the parent's, who still speaks to the server
+        try:
+            self.engine.sync_engine.dialect.do_terminate(kept.dbapi)
+        except Exception as error:  # noqa: BLE001 - as a pool does: nobody waits for it
+            # It may be long gone, with its event loop.
+            log.warning("Kept connection is not closed in order", extra={"error": str(error)})
+
+
+def _let_go_with(engine: AsyncEngine, direct: Direct) -> None:
+    """An engine that is disposed of closes its connections, before a fork or another event loop, say."""
+    known = weakref.ref(direct)
+
+    def disposed(_: object) -> None:
+        if (one := known()) is not None:
+            one.let_go()
+
+    event.listen(engine.sync_engine, "engine_disposed", disposed)
 
 
 class _DirectLink(Link):
@@ -188,7 +234,7 @@ class _DirectLink(Link):
 
     def __init__(self, direct: Direct, *, keeps: bool) -> None:
         self._direct = direct
-        self._keeps = keeps
+        self._keeps = keeps and direct.keeps
         self._kept: Kept | None = None
         self._pooled: PoolProxiedConnection | None = None
         self._driver: Any = None
@@ -204,7 +250,7 @@ class _DirectLink(Link):
             return False
         self._kept = kept = self._direct.kept.pop()
         self._driver = kept.dbapi.driver_connection
-        if self._sound(kept.opened_at):
+        if self._direct.may_keep(kept) and self._sound(kept.opened_at):
             return True
         self._direct.kept.insert(0, kept)  # whoever has time closes it
         self._kept = self._driver = None
@@ -212,7 +258,8 @@ class _DirectLink(Link):
 
     def keep(self) -> bool:
         """See `Link`."""
-        if self._kept is None or len(self._direct.kept) >= KEPT_MAX:
+        direct = self._direct
+        if self._kept is None or len(direct.kept) >= KEPT_MAX or not direct.may_keep(self._kept):
             return False
         self._direct.kept.append(self._kept)
         self._kept = self._driver = None
@@ -221,15 +268,16 @@ class _DirectLink(Link):
     async def take(self) -> None:
         """Takes a connection that nobody has reason to doubt."""
         while True:
+            usable = True
             if self._keeps and self._direct.kept:
                 self._kept = kept = self._direct.kept.pop()
                 self._driver = kept.dbapi.driver_connection
-                opened_at = kept.opened_at
+                opened_at, usable = kept.opened_at, self._direct.may_keep(kept)
             else:
                 self._pooled = pooled = await self._direct.engine.raw_connection()
                 self._driver = pooled.driver_connection
                 opened_at = pooled.info.setdefault(OPENED_AT, time.monotonic())
-            if self._sound(opened_at):
+            if usable and self._sound(opened_at):
                 break
             await self._throw_away()  # there are others, and the pool opens another one
         if self._keeps and self._kept is None:
@@ -240,7 +288,7 @@ class _DirectLink(Link):
         pooled, self._pooled = self._pooled, None
         assert pooled is not None
         assert pooled.dbapi_connection is not None
-        self._kept = Kept(pooled.dbapi_connection, opened_at)
+        self._kept = Kept(pooled.dbapi_connection, opened_at, self._direct.era, os.getpid())
         pooled.detach()
 
     def _sound(self, opened_at: float) -> bool:
@@ -354,6 +402,9 @@ class AsyncpgLink(PostgresqlLink):
 class PsycopgLink(PostgresqlLink):
     """By psycopg's own connection."""
 
+    _borrowed = False
+    """True where SQLAlchemy left it to begin transactions by itself, and finds it so again."""
+
     async def _say(self, text: str) -> str:
         await self._by_itself()
         cursor = await self._driver.execute(text)
@@ -367,6 +418,7 @@ class PsycopgLink(PostgresqlLink):
 
     async def _by_itself(self) -> None:
         if not self._driver.autocommit:
+            self._borrowed = True
             await self._driver.set_autocommit(True)  # or it begins transactions of its own
 
     def _is_closed(self) -> bool:
@@ -377,8 +429,8 @@ class PsycopgLink(PostgresqlLink):
 
     async def close(self, *, broken: bool) -> None:
         """See `Link`."""
-        if self._pooled is not None and not broken:
-            await self._driver.set_autocommit(False)  # as SQLAlchemy left it
+        if self._pooled is not None and self._borrowed and not broken:
+            await self._driver.set_autocommit(False)
         await super().close(broken=broken)
 
 
