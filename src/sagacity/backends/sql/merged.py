@@ -219,8 +219,9 @@ def _count(part: str, *, alone: bool) -> ColumnElement[int]:
     if not alone:
         return func.count()
     meant = cast(bindparam(f"{part}_meant"), BigInteger)
+    zero: ColumnElement[int] = literal_column("0")
     # By zero, which the planner does not see coming. Nothing else in the statement divides.
-    return meant.op("/")(case((func.count() == meant, ONE), else_=literal_column("0")))
+    return meant.op("/")(case((func.count() == meant, ONE), else_=zero))
 
 
 def _given(part: str) -> Given:

@@ -43,6 +43,10 @@ _FREE, _HELD, _ABSENT, _SEEN = 0, 1, 2, 3
 """What a row tells: an instance, that there is one but held, or none; or an inbox row."""
 
 
+def _number(value: int) -> ColumnElement[int]:
+    return literal_column(str(value))
+
+
 def read_instances(
     on: Executor,
     keys: Sequence[SagaKey],
@@ -66,7 +70,8 @@ def read_instances(
         return Loaded(instances={}, busy=set()), seen(on, guards)
     if lock and wait:
         _wait_for_locks(on, keys)
-    loaded, known = Loaded(instances={}, busy=set()), set()
+    loaded = Loaded(instances={}, busy=set())
+    known: set[tuple[str, str]] = set()
     statement, given, asked = _on_postgresql(lock=lock, guarded=bool(guards))
     arguments = given.arguments(keys)
     if asked is not None:
@@ -140,7 +145,7 @@ def _on_postgresql(*, lock: bool, guarded: bool) -> tuple[Any, Given, Given | No
     )
     fill = [null().label(one.name) for one in list(saga.c)[3:]]
     rows = select(
-        literal_column(str(_SEEN)).label("kind"),
+        _number(_SEEN).label("kind"),
         null().label("saga_type"),
         asked.c.consumer.label("saga_key"),
         asked.c.message_id.label("uid"),
@@ -151,8 +156,9 @@ def _on_postgresql(*, lock: bool, guarded: bool) -> tuple[Any, Given, Given | No
 
 def _by_key(given: Given) -> Query:
     found = each("found", select(*saga.c).where(*matches(given, _KEY)).correlate(given.clause))
-    kind: ColumnElement[int] = literal_column(str(_FREE))
-    return select(kind.label("kind"), *found.c).select_from(given.clause.join(found, true()))
+    return select(_number(_FREE).label("kind"), *found.c).select_from(
+        given.clause.join(found, true())
+    )
 
 
 def _locked_by_key(given: Given, *, wait: bool) -> Query:
@@ -164,9 +170,9 @@ def _locked_by_key(given: Given, *, wait: bool) -> Query:
     locked = each("locked", POSTGRESQL.locked(of_key, saga, wait=wait, weak=True))
     there = exists(of_key.with_only_columns(ONE).offset(literal_column("0")))
     kind = case(
-        (locked.c.uid.is_not(None), literal_column(str(_FREE))),
-        (there, literal_column(str(_HELD))),
-        else_=literal_column(str(_ABSENT)),
+        (locked.c.uid.is_not(None), _number(_FREE)),
+        (there, _number(_HELD)),
+        else_=_number(_ABSENT),
     ).label("kind")
     rest = list(locked.c)[len(_KEY) :]
     return select(kind, *given.columns, *rest).select_from(given.clause.outerjoin(locked, true()))
