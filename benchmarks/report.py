@@ -106,7 +106,8 @@ of them; figures are medians.
 
 def page(rows: Sequence[Row], run: Run) -> str:
     """The page as Markdown."""
-    parts = [INTRODUCTION, _when(run), _ratios(ratios(rows)), WORKLOAD]
+    found = ratios(rows)
+    parts = [INTRODUCTION, _when(run), _ratios(found), _in_the_way(found, Found(rows)), WORKLOAD]
     parts += [_store(rows, store) for store in STORES if Found(rows).where(store, "happy")]
     parts += [
         _variants(run),
@@ -139,6 +140,57 @@ def _ratios(found: Sequence[Ratio]) -> str:
         for one in found
     ]
     return "## The ratios\n\n" + table(("", "Store", "Ratio", "Target", "Met"), rows, right={2})
+
+
+HALF_LOAD = (
+    "at half of its capacity a worker takes small batches, which cost about twice as much for each message as "
+    "large ones (SQLite: 310 to 350 µs of the worker's processor a step instead of 170 to 190), so its one "
+    "interpreter is four fifths busy. What it would take: batches that wait a moment for company; first "
+    "trials helped on SQLite and told nothing on PostgreSQL."
+)
+
+
+def _in_the_way(found: Sequence[Ratio], rows: Found) -> str:
+    """For each target that was missed: what stands in the way, by the figures of this run."""
+    lines: list[str] = []
+    for one in found:
+        if one.met:
+            continue
+        text = "not looked into."
+        limit = rows.fastest(one.store, "happy", lambda row: row.system == LIMIT)
+        if "best peer" in one.name and one.name.startswith("steps/s") and limit:
+            wanted = 30 * one.below
+            text = (
+                f"30 times {_rounded(one.below)} steps/s are {_rounded(wanted)}. The bare parts, with no "
+                f"framework at all, do {_rounded(limit.steps_per_s)} on this machine, "
+                f"{limit.steps_per_s / one.below:.1f} times the peer: the target asks for "
+                f"{wanted / limit.steps_per_s:.2f} times the limit. What it would take: fewer rows or bytes for "
+                "a step, or a machine on which the servers have cores of their own."
+            )
+        elif one.name.startswith("p99"):
+            text = HALF_LOAD
+        elif one.name.startswith("p50 of one saga alone"):
+            text = _lone(one, rows)
+        lines.append(f"- *{one.name}*, {NAMES[one.store]} ({one.value:.2f}, {one.target}): {text}")
+    if not lines:
+        return ""
+    return "## What stands in the way\n\n" + "\n".join(lines)
+
+
+def _lone(one: Ratio, rows: Found) -> str:
+    """What a lone saga takes above what it is compared with."""
+    more = (one.above - one.below) / 3
+    other = rows.quickest("postgresql", "idle", lambda row: row.system == OURS)
+    bare = rows.quickest("postgresql", "idle", lambda row: row.system == LIMIT)
+    text = f"a step of ours takes {more:.1f} ms more"
+    if other and bare:
+        text += f", against the bare parts on PostgreSQL {(other.p50_ms - bare.p50_ms) / 3:.1f} ms"
+    return (
+        f"{text}. That is an event loop that stays free for others: two trips to the thread that SQLite runs in "
+        "(about 0.1 ms each), and reading, publishing and acknowledging side by side. What it is compared with "
+        "does one thing after the other in one thread and attends to nothing else meanwhile. What it would "
+        "take: a second, blocking worker for SQLite alone."
+    )
 
 
 # ------------------------------------------------------------------------------------------- stores
