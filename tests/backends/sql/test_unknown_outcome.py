@@ -58,61 +58,17 @@ async def test_a_connection_cut_before_the_commit(server_url: str) -> None:
         await operator.close()
 
 
-async def test_a_connection_cut_in_the_middle(server_url: str) -> None:
+@pytest.mark.parametrize("optimistic", [False, True])
+async def test_a_connection_cut_in_the_middle(server_url: str, optimistic: bool) -> None:
     store, operator = SqlStore(server_url), SqlStore(server_url)
     try:
         await store.prepare(create=True)
         with pytest.raises(Unavailable):
-            async with store.transaction() as transaction:
+            async with store.transaction(optimistic=optimistic) as transaction:
                 await transaction.load({"Order": ["o1"]})
                 await terminate_others(operator)
                 await transaction.write(batch())
-        async with store.transaction() as transaction:
-            await transaction.write(batch())
-    finally:
-        await store.close()
-        await operator.close()
-
-
-async def test_an_answer_to_commit_that_never_comes(server_url: str) -> None:
-    """The rows are there although the client saw an error; the inbox tells the second run."""
-    url = make_url(server_url)
-    assert url.port is not None
-    async with TcpProxy(url.port) as proxy:
-        broken = url.set(host="127.0.0.1", port=proxy.port)
-        if url.get_driver_name() == "psycopg":
-            broken = broken.update_query_dict({"sslmode": "disable"})
-        store = SqlStore(broken, clock=VirtualClock())
-        honest = SqlStore(server_url, clock=VirtualClock())
-        try:
-            await store.prepare(create=True)
-            with pytest.raises(Unavailable):
-                async with store.transaction() as transaction:
-                    await transaction.write(batch())
-                    proxy.cut_reply_to(b"COMMIT")
-            assert proxy.cut >= 1
-            assert await honest.saga("Order", "o1") == instance()
-            with pytest.raises(Conflict):
-                async with store.transaction() as transaction:
-                    assert (await transaction.known([("Order", "m1")])).seen == {("Order", "m1")}
-                    await transaction.write(batch())
-            assert len(await honest.pending(10**18, 10)) == 1
-        finally:
-            await store.close()
-            await honest.close()
-
-
-async def test_an_optimistic_batch_cut_in_the_middle(server_url: str) -> None:
-    store, operator = SqlStore(server_url), SqlStore(server_url)
-    try:
-        await store.prepare(create=True)
-        with pytest.raises(Unavailable):
-            async with store.transaction(optimistic=True) as transaction:
-                await transaction.load({"Order": ["o1"]})
-                await terminate_others(operator)
-                await transaction.write(batch())
-        assert await operator.saga("Order", "o1") is None
-        async with store.transaction(optimistic=True) as transaction:
+        async with store.transaction(optimistic=optimistic) as transaction:
             await transaction.write(batch())
         assert await operator.saga("Order", "o1") == instance()
     finally:
@@ -120,8 +76,13 @@ async def test_an_optimistic_batch_cut_in_the_middle(server_url: str) -> None:
         await operator.close()
 
 
-async def test_an_optimistic_batch_whose_answer_never_comes(server_url: str) -> None:
-    """Its one statement was its commit; the inbox tells the second run."""
+@pytest.mark.parametrize("optimistic", [False, True])
+async def test_an_answer_to_commit_that_never_comes(server_url: str, optimistic: bool) -> None:
+    """The rows are there although the client saw an error; the inbox tells the second run.
+
+    The one statement of an optimistic batch is its commit.
+    """
+    commit = b"uid-of-o1" if optimistic else b"COMMIT"
     url = make_url(server_url)
     assert url.port is not None
     async with TcpProxy(url.port) as proxy:
@@ -133,14 +94,14 @@ async def test_an_optimistic_batch_whose_answer_never_comes(server_url: str) -> 
         try:
             await store.prepare(create=True)
             with pytest.raises(Unavailable):
-                async with store.transaction(optimistic=True) as transaction:
+                async with store.transaction(optimistic=optimistic) as transaction:
                     await transaction.load({"Order": ["o1"]})
-                    proxy.cut_reply_to(b"uid-of-o1")
+                    proxy.cut_reply_to(commit)
                     await transaction.write(batch())
             assert proxy.cut >= 1
             assert await honest.saga("Order", "o1") == instance()
             with pytest.raises(Conflict):
-                async with store.transaction(optimistic=True) as transaction:
+                async with store.transaction(optimistic=optimistic) as transaction:
                     assert (await transaction.known([("Order", "m1")])).seen == {("Order", "m1")}
                     await transaction.write(batch())
             assert len(await honest.pending(10**18, 10)) == 1
