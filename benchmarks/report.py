@@ -143,10 +143,9 @@ def _ratios(found: Sequence[Ratio]) -> str:
 
 
 HALF_LOAD = (
-    "at half of its capacity a worker takes small batches, which cost about twice as much for each message as "
-    "large ones (SQLite: 310 to 350 µs of the worker's processor a step instead of 170 to 190), so its one "
-    "interpreter is four fifths busy. What it would take: batches that wait a moment for company; first "
-    "trials helped on SQLite and told nothing on PostgreSQL."
+    "at half of its capacity a worker takes small batches, which cost it more for each message than large "
+    "ones, so its one interpreter is far more than half busy. What it would take, and by how much: see "
+    "[Where the time goes](performance.md#on-sqlite)."
 )
 
 
@@ -186,10 +185,10 @@ def _lone(one: Ratio, rows: Found) -> str:
     if other and bare:
         text += f", against the bare parts on PostgreSQL {(other.p50_ms - bare.p50_ms) / 3:.1f} ms"
     return (
-        f"{text}. That is an event loop that stays free for others: two trips to the thread that SQLite runs in "
-        "(about 0.1 ms each), and reading, publishing and acknowledging side by side. What it is compared with "
-        "does one thing after the other in one thread and attends to nothing else meanwhile. What it would "
-        "take: a second, blocking worker for SQLite alone."
+        f"{text}. That is an event loop that stays free for others: two trips to the thread that SQLite runs "
+        "in, and reading, publishing and acknowledging side by side. What it is compared with does one thing "
+        "after the other in one thread and attends to nothing else meanwhile. What it would take: a worker "
+        "that blocks, for SQLite alone; see [Where the time goes](performance.md#on-sqlite)."
     )
 
 

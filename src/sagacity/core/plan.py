@@ -16,10 +16,10 @@ from sagacity.core.instance import Instance
 
 
 class Loaded(msgspec.Struct):
-    """What a transaction holds locked, and what it could not get."""
+    """What a transaction has read, and what it could not get."""
 
     instances: dict[tuple[str, str], Instance]
-    """(saga_type, saga_key) -> instance, locked until the transaction ends."""
+    """(saga_type, saga_key) -> instance. Locked until the transaction ends, or compared when it writes."""
     busy: set[tuple[str, str]]
     """Instances another transaction holds. What is in neither does not exist."""
 

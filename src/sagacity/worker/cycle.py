@@ -1,4 +1,4 @@
-"""One batch: read what concerns it under locks, fold `decide` over it, commit, publish, acknowledge.
+"""One batch: read what concerns it, fold `decide` over it, commit, publish, acknowledge.
 
 The order is the whole point: nothing leaves before the commit that recorded it, and nothing is
 acknowledged before the commit that took responsibility for it (``protocol.md`` 2.3).

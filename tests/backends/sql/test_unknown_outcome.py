@@ -68,6 +68,7 @@ async def test_a_connection_cut_in_the_middle(server_url: str, optimistic: bool)
                 await transaction.load({"Order": ["o1"]})
                 await terminate_others(operator)
                 await transaction.write(batch())
+        assert await operator.saga("Order", "o1") is None
         async with store.transaction(optimistic=optimistic) as transaction:
             await transaction.write(batch())
         assert await operator.saga("Order", "o1") == instance()
