@@ -8,7 +8,8 @@ from typing import Any, Literal
 import pytest
 from redis.asyncio import Redis
 
-from sagacity.backends.redis import RedisBus, connection
+from sagacity.backends.redis import RedisBus
+from sagacity.backends.redis.connection import Connector
 from sagacity.testing.conformance.bus import BusConformance
 
 pytestmark = pytest.mark.asyncio
@@ -39,10 +40,10 @@ class TestRedisBus(BusConformance):
         return Server(redis_url, request.param)
 
 
-class TestRedisBusWithoutHiredis(BusConformance):
-    """All of it goes through redis-py's clients then."""
+class TestRedisBusByClients(BusConformance):
+    """All of it goes through redis-py's clients, as in a cluster."""
 
     @pytest.fixture
     def server(self, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Server:
-        monkeypatch.setattr(connection, "HIREDIS_AVAILABLE", False)
+        monkeypatch.setattr(Connector, "_has_lines", False)
         return Server(redis_url, 2)

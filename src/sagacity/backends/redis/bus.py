@@ -31,7 +31,7 @@ class RedisBus:
         timeout_s: How long a connection or a short command may take.
         connections_max: Connections for what is rare; more callers than that wait. All publishing and
             acknowledging goes over one more, and each subscription reads over one of its own; in a
-            cluster, and without hiredis, the first two share.
+            cluster the first two share.
         protocol: RESP version to speak.
 
     Raises ConfigurationError for a URL it does not know. Nothing is connected before first use.

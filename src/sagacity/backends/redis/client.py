@@ -44,7 +44,7 @@ class Channel(Protocol):
 class ClientChannel:
     """The channel over a client of redis-py that is used for nothing else.
 
-    For a cluster, whose client knows which node has the stream of `key`, and without hiredis.
+    For a cluster, whose client knows which node has the stream of `key`.
     """
 
     def __init__(self, client: Client, key: str) -> None:

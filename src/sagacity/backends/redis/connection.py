@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 import redis.exceptions as failures
@@ -19,13 +19,10 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.connection import HiredisRespSerializer
-from redis.utils import HIREDIS_AVAILABLE
 
 from sagacity.backends.redis.client import Channel, Client, ClientChannel
+from sagacity.backends.redis.line import Line, SharedLine, open_line
 from sagacity.core.errors import BusError, BusUnavailable, ConfigurationError
-
-if TYPE_CHECKING:
-    from sagacity.backends.redis.line import Line
 
 _PLAIN = ("redis", "rediss", "unix")
 _SENTINEL = ("redis+sentinel", "rediss+sentinel")
@@ -125,12 +122,10 @@ class Connector:
     def pipelined(self, shared: Client) -> Client:
         """A client for the commands of every batch, all on one connection; replies as Redis sent them.
 
-        In a cluster, and without hiredis, it is the shared one.
+        In a cluster it is the shared one.
         """
         if not self._has_lines:
             return shared
-        from sagacity.backends.redis.line import SharedLine  # it needs hiredis
-
         return SharedLine(lambda: _line(shared, 0))
 
     async def channel(self, shared: Client, key: str, block_ms: int) -> Channel:
@@ -151,7 +146,7 @@ class Connector:
 
     @property
     def _has_lines(self) -> bool:
-        return HIREDIS_AVAILABLE and not self.cluster
+        return not self.cluster
 
     def _client(self, read_timeout_s: float, connections: int | None) -> Client:
         client = self._connected_by(read_timeout_s, connections)
@@ -181,8 +176,7 @@ class Connector:
                 pool = BlockingConnectionPool.from_url(
                     self._url, max_connections=connections, timeout=self._timeout_s, **options
                 )
-            if HIREDIS_AVAILABLE:
-                pool.connection_class = _packing(cast("Any", pool.connection_class))
+            pool.connection_class = _packing(cast("Any", pool.connection_class))
             # Names an unknown option now, not with the first command.
             pool.connection_class(**pool.connection_kwargs)
             if connections is None:
@@ -280,8 +274,6 @@ def missing_group(error: BaseException) -> bool:
 
 async def _line(shared: Client, block_ms: int) -> Line:
     """A line to where the client's connections go, also where Sentinel names the place."""
-    from sagacity.backends.redis.line import open_line
-
     connection: Any = cast("Any", shared).connection_pool.make_connection()
     if connection.socket_timeout is not None:
         connection.socket_timeout += block_ms / 1000

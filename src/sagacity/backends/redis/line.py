@@ -1,8 +1,7 @@
 """A connection to Redis on which commands are sent without waiting for the replies before them.
 
 redis-py makes it, for it knows URLs, TLS, passwords and Sentinel. Then its transport gets a protocol
-of our own: a client of redis-py takes five times the CPU of the rest for a small command. Needs
-hiredis.
+of our own: a client of redis-py takes five times the CPU of the rest for a small command.
 """
 
 from __future__ import annotations
